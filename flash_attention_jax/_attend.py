@@ -1,0 +1,270 @@
+"""The three primitives of attention and their rules (DESIGN section 5).
+
+`attend` gives (out, lse); its jvp calls `tangent`, linear in the operands' tangents; the transpose
+of `tangent` calls `backward`. All three are lowered to the implementation that is chosen for the
+platform. What is beyond the first order is a pair sum, whichever implementation ran.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import ShapedArray
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from flash_attention_jax import _formulas
+from flash_attention_jax._dispatch import choose, device_of
+from flash_attention_jax._formulas import DIFFERENTIABLE
+from flash_attention_jax._pair_sum import PLATFORMS
+from flash_attention_jax._problem import Operands, Problem
+
+Array = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """The static side of a primitive: the problem and the implementation asked for, if any."""
+
+    problem: Problem
+    implementation: str | None
+
+
+def attend(call: Call, operands: Operands) -> tuple[Array, Array]:
+    """out, of q's dtype and memory order, and lse (B, N, T), of canonical operands.
+
+    No axis of the problem may be empty.
+    """
+    out, lse = attend_p.bind(*operands.present(), call=call)
+    return out, lse
+
+
+# The arguments of the primitives, after the operands that are present:
+#   tangent:  out, lse, then the tangents of the operands in `wrt`
+#   backward: lse, dout, delta
+
+
+def _split(call: Call, arrays: Sequence[Any], extra: int) -> tuple[Operands, Sequence[Any]]:
+    count = len(arrays) - extra
+    return Operands.given(call.problem, arrays[:count]), arrays[count:]
+
+
+def _out_avals(call: Call) -> list[Any]:
+    p = call.problem
+    rows = (p.N, p.T) if p.order == "BNTD" else (p.T, p.N)
+    out = ShapedArray((p.B, *rows, p.Dv), jnp.dtype(p.dtype))
+    return [out, ShapedArray((p.B, p.N, p.T), jnp.dtype(p.accumulator))]
+
+
+def _attend_run(platform, *arrays, call):
+    device = device_of(platform)
+    implementation = choose(call.problem, device, call.implementation)
+    return implementation.forward(call.problem, Operands.given(call.problem, arrays), device)
+
+
+def _tangent_run(platform, *arrays, call, wrt):
+    operands, (out, lse, *tangents) = _split(call, arrays, 2 + len(wrt))
+    implementation = choose(call.problem, device_of(platform), call.implementation)
+    moved = dict(zip(wrt, tangents, strict=True))
+    return implementation.tangent(call.problem, operands, out, lse, moved)
+
+
+def _backward_run(platform, *arrays, call, wrt):
+    operands, (lse, dout, delta) = _split(call, arrays, 3)
+    implementation = choose(call.problem, device_of(platform), call.implementation)
+    return implementation.backward(call.problem, operands, lse, dout, delta, wrt)
+
+
+def _attend_jvp(primals, tangents, *, call):
+    operands = Operands.given(call.problem, primals)
+    moved = Operands.given(call.problem, tangents)
+    out, lse = attend(call, operands)
+    wrt = tuple(n for n in DIFFERENTIABLE if not isinstance(getattr(moved, n), ad.Zero | None))
+    given = [getattr(moved, name) for name in wrt]
+    return [out, lse], tangent_p.bind(*primals, out, lse, *given, call=call, wrt=wrt)
+
+
+def _tangent_transpose(cotangents, *arrays, call, wrt):
+    operands, (out, lse, *_) = _split(call, arrays, 2 + len(wrt))
+    dout, dlse = (
+        jnp.zeros(aval.shape, aval.dtype) if isinstance(c, ad.Zero) else c
+        for c, aval in zip(cotangents, _out_avals(call), strict=True)
+    )
+    delta = _formulas.delta_of(call.problem, out, dout, dlse)
+    gradients = backward_p.bind(*operands.present(), lse, dout, delta, call=call, wrt=wrt)
+    return [None] * (len(arrays) - len(wrt)) + list(gradients)
+
+
+def _derivative_jvp(primitive, formula, linear_count, primals, tangents, *, call, wrt):
+    """The jvp of `tangent` and `backward`, whose last `linear_count(wrt)` arguments are linear.
+
+    Where only linear arguments move it is the primitive itself; else the jvp of its pair sum.
+    """
+    primals_out = primitive.bind(*primals, call=call, wrt=wrt)
+    moved = [i for i, t in enumerate(tangents) if not isinstance(t, ad.Zero)]
+    first_linear = len(primals) - linear_count(wrt)
+    if all(i >= first_linear for i in moved):
+        linear = [ad.instantiate_zeros(t) for t in tangents[first_linear:]]
+        tangents_out = primitive.bind(*primals[:first_linear], *linear, call=call, wrt=wrt)
+        return primals_out, tangents_out
+
+    def of_moved(*values):
+        arrays = list(primals)
+        for i, value in zip(moved, values, strict=True):
+            arrays[i] = value
+        return formula(call, wrt, arrays)
+
+    _, tangents_out = jax.jvp(of_moved, [primals[i] for i in moved], [tangents[i] for i in moved])
+    return primals_out, tangents_out
+
+
+def _tangent_formula(call, wrt, arrays):
+    operands, (out, lse, *tangents) = _split(call, arrays, 2 + len(wrt))
+    moved = dict(zip(wrt, tangents, strict=True))
+    return list(_formulas.tangent(call.problem, operands, out, lse, moved))
+
+
+def _backward_formula(call, wrt, arrays):
+    operands, (lse, dout, delta) = _split(call, arrays, 3)
+    return _formulas.backward(call.problem, operands, lse, dout, delta, wrt)
+
+
+def _backward_transpose(cotangents, *arrays, call, wrt):
+    """Of `backward` in dout and delta, which is linear in both."""
+    linear = [i for i, x in enumerate(arrays) if ad.is_undefined_primal(x)]
+    structs = [jax.ShapeDtypeStruct(arrays[i].aval.shape, arrays[i].aval.dtype) for i in linear]
+
+    def of_linear(*values):
+        full = list(arrays)
+        for i, value in zip(linear, values, strict=True):
+            full[i] = value
+        return _backward_formula(call, wrt, full)
+
+    pulled = jax.linear_transpose(of_linear, *structs)([ad.instantiate_zeros(c) for c in cotangents])
+    results: list[Any] = [None] * len(arrays)
+    for i, value in zip(linear, pulled, strict=True):
+        results[i] = value
+    return results
+
+
+# Batching folds the new axis into B.
+
+
+def _fold(call: Call, names: Sequence[str], arrays, dims):
+    """Arrays with the batched axis folded into B, the folded call and the axis' size.
+
+    Args:
+        names: of the arrays; masks and bias may stay broadcast over B.
+    """
+    p = call.problem
+    size = next(x.shape[d] for x, d in zip(arrays, dims, strict=True) if d is not None)
+    lasting = {"bias", "dbias", "mask", "key_mask", "q_segments", "kv_segments", "q_offset"}
+    spread = {name for name, d in zip(names, dims, strict=True) if d is not None}
+    # A tangent and a gradient have the shape of their operand.
+    spread |= {"bias"} & {n.removeprefix("d") for n in spread}
+    folded = []
+    for name, x, d in zip(names, arrays, dims, strict=True):
+        x = x[None] if d is None else jnp.moveaxis(x, d, 0)
+        if name in lasting and x.shape[1] == 1 and name.removeprefix("d") not in spread:
+            folded.append(x[0])
+        else:
+            full = jnp.broadcast_to(x, (size, p.B, *x.shape[2:]))
+            folded.append(full.reshape(size * p.B, *x.shape[2:]))
+    operands = Operands.given(p, folded)
+    problem = dataclasses.replace(
+        p,
+        B=size * p.B,
+        bias=_shape(operands.bias),
+        mask=_shape(operands.mask),
+        key_mask=_shape(operands.key_mask),
+        segments=p.segments and (_shape(operands.q_segments), _shape(operands.kv_segments)),
+        offsets=_shape(operands.q_offset),
+    )
+    return folded, dataclasses.replace(call, problem=problem), size
+
+
+def _shape(x):
+    return None if x is None else x.shape
+
+
+def _operand_names(problem: Problem) -> list[str]:
+    every = Operands.given(problem, [True] * len(Operands._fields))
+    return [name for name, x in every._asdict().items() if x is not None]
+
+
+def _batch(primitive, extra_names, arrays, dims, *, call, wrt=()):
+    p = call.problem
+    names = _operand_names(p) + extra_names(wrt)
+    if primitive is backward_p and "bias" in wrt:
+        # A gradient for each element of the new axis: the bias must have that axis.
+        at = names.index("bias")
+        if dims[at] is None:
+            size = next(x.shape[d] for x, d in zip(arrays, dims, strict=True) if d is not None)
+            arrays, dims = list(arrays), list(dims)
+            arrays[at], dims[at] = jnp.broadcast_to(arrays[at], (size, *arrays[at].shape)), 0
+    folded, call, size = _fold(call, names, arrays, dims)
+    params = {"call": call} if primitive is attend_p else {"call": call, "wrt": wrt}
+    results = [x.reshape(size, p.B, *x.shape[1:]) for x in primitive.bind(*folded, **params)]
+    if primitive is backward_p and "bias" in wrt and p.bias[0] == 1:
+        results[-1] = results[-1].sum(1, keepdims=True)
+    return results, [0] * len(results)
+
+
+def _avals_like(call, wrt, arrays):
+    names = _operand_names(call.problem)
+    return [ShapedArray(x.shape, x.dtype) for x in (arrays[names.index(n)] for n in wrt)]
+
+
+def _define(name, run, abstract, jvp, transpose, extra_names) -> Primitive:
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+    primitive.def_abstract_eval(abstract)
+
+    @functools.lru_cache(maxsize=256)
+    def jitted(**params):
+        return jax.jit(lambda *arrays: primitive.bind(*arrays, **params))
+
+    primitive.def_impl(lambda *arrays, **params: jitted(**params)(*arrays))
+    ad.primitive_jvps[primitive] = jvp
+    if transpose is not None:
+        ad.primitive_transposes[primitive] = transpose
+    batching.primitive_batchers[primitive] = functools.partial(_batch, primitive, extra_names)
+    for platform in (None, *PLATFORMS):
+        rule = mlir.lower_fun(functools.partial(run, platform or "other"), multiple_results=True)
+        mlir.register_lowering(primitive, rule, platform=platform)
+    return primitive
+
+
+attend_p = _define(
+    "attention",
+    _attend_run,
+    lambda *arrays, call: _out_avals(call),
+    _attend_jvp,
+    None,
+    lambda wrt: [],
+)
+tangent_p = _define(
+    "attention_tangent",
+    _tangent_run,
+    lambda *arrays, call, wrt: _out_avals(call),
+    lambda primals, tangents, **params: _derivative_jvp(
+        tangent_p, _tangent_formula, len, primals, tangents, **params
+    ),
+    _tangent_transpose,
+    lambda wrt: ["out", "lse", *(f"d{name}" for name in wrt)],
+)
+backward_p = _define(
+    "attention_backward",
+    _backward_run,
+    lambda *arrays, call, wrt: _avals_like(call, wrt, arrays),
+    lambda primals, tangents, **params: _derivative_jvp(
+        backward_p, _backward_formula, lambda wrt: 2, primals, tangents, **params
+    ),
+    _backward_transpose,
+    lambda wrt: ["lse", "dout", "delta"],
+)

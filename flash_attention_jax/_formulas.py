@@ -1,0 +1,276 @@
+"""The first derivatives of attention, given `lse`, as sums over pairs of blocks.
+
+FlashAttention-2 (arXiv 2307.08691), algorithm 2, and its forward-mode counterpart. Derivatives of
+these two functions, at any order, are pair sums again (see `_pair_sum`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from flash_attention_jax._mask import Masks, grouped, visible
+from flash_attention_jax._pair_sum import Labelled, MapBlocks, PairSum, pair_sum
+from flash_attention_jax._problem import Operands, Order, Problem
+from flash_attention_jax._sweep import Tile
+
+Array = Any
+
+_ARRAY_LABELS: dict[Order, dict[str, str]] = {
+    "BNTD": dict(q="bkgtd", k="bksd", v="bkse", out="bkgte"),
+    "BTND": dict(q="btkgd", k="bskd", v="bske", out="btkge"),
+}
+_OTHER_LABELS = dict(
+    bias="bkgts",
+    lse="bkgt",
+    delta="bkgt",
+    mask="bkgts",
+    key_mask="bs",
+    q_segments="bt",
+    kv_segments="bs",
+    q_offset="b",
+)
+DIFFERENTIABLE = ("q", "k", "v", "bias")
+
+
+def labels(problem: Problem, name: str) -> str:
+    """The axis labels of an operand or result; `dx` is labelled as x."""
+    base = name[1:] if name in ("dq", "dk", "dv", "dbias", "dout") else name
+    return (_ARRAY_LABELS[problem.order] | _OTHER_LABELS)[base]
+
+
+def split_heads(problem: Problem, name: str, x: Array) -> Array:
+    """Splits the head axis N of a canonical array into (K, G); k, v and masks have none."""
+    p = problem
+    base = name[1:] if name.startswith("d") and name != "delta" else name
+    if base == "bias" or base == "mask":
+        return grouped(p, x)
+    if base in ("lse", "delta"):
+        return x.reshape(p.B, p.K, p.G, p.T)
+    if base in ("q", "out"):
+        rows = (p.K, p.G, p.T) if p.order == "BNTD" else (p.T, p.K, p.G)
+        return x.reshape(p.B, *rows, x.shape[-1])
+    return x
+
+
+def blocked(problem: Problem, operands: Operands, **others: Array) -> dict[str, Array]:
+    """The arrays that blocks are cut from, by name: masks first, then q, k, v, bias, then others."""
+    given = operands._asdict() | Masks.of(problem, operands)._asdict()
+    order = (*Masks._fields, *DIFFERENTIABLE)
+    arrays = {name: given[name] for name in order if given[name] is not None}
+    return {
+        name: x if name in Masks._fields else split_heads(problem, name, x)
+        for name, x in (arrays | others).items()
+    }
+
+
+def sanitized(problem: Problem, blocks: Mapping[str, Array]) -> tuple[Array, Array, Array | None]:
+    """Makes hidden keys harmless: k and v with 0 for what is not finite, and its trace.
+
+    0 * NaN is NaN, so a hidden key must not enter a matrix product as it is. The third result is
+    NaN at keys where something was replaced, else 0, to be added to the logits: a query that sees
+    such a key gets NaN, as it should.
+    """
+    k, v = blocks["k"], blocks["v"]
+    if not problem.masked:
+        return k, v, None
+    good_k, good_v = jnp.isfinite(k), jnp.isfinite(v)
+    poison = jnp.where(good_k.all(-1) & good_v.all(-1), 0, jnp.nan).astype(problem.accumulator)
+    if problem.order == "BTND":
+        poison = poison.swapaxes(1, 2)
+    return jnp.where(good_k, k, 0), jnp.where(good_v, v, 0), poison[:, :, None, None, :]
+
+
+def products(problem: Problem, tile: Tile, q: Array, k: Array) -> Array:
+    """scale * q k^T, of shape (b, k, g, t, s)."""
+    at = _ARRAY_LABELS[problem.order]
+    return tile.grid.dot(f"{at['q']},{at['k']}->bkgts", q, k) * problem.scale
+
+
+def capped(problem: Problem, x: Array) -> Array:
+    """softcap(x)."""
+    return x if problem.softcap is None else problem.softcap * jnp.tanh(x / problem.softcap)
+
+
+def hidden_to_minus_infinity(problem: Problem, tile: Tile, blocks: Mapping[str, Array], x: Array) -> Array:
+    """Replaces what a mask hides or an earlier tile has seen."""
+    seen = tile.fresh()
+    if tile.masked:
+        masks = Masks(**{name: blocks[name] for name in Masks._fields if name in blocks})
+        shown = visible(problem, masks, tile.rows, tile.cols)
+        seen = shown if seen is None else shown & seen
+    return x if seen is None else jnp.where(seen, x, -jnp.inf)
+
+
+def logits(
+    problem: Problem, tile: Tile, blocks: Mapping[str, Array], k: Array, poison: Array | None
+) -> Array:
+    """The logits of a tile (b, k, g, t, s), -inf where hidden or stale."""
+    x = capped(problem, products(problem, tile, blocks["q"], k))
+    if "bias" in blocks:
+        x = x + blocks["bias"].astype(x.dtype)
+    if poison is not None:
+        x = x + poison
+    return hidden_to_minus_infinity(problem, tile, blocks, x)
+
+
+def _probabilities(problem, tile, blocks, k, poison):
+    """p of a tile, from lse; 0 in rows that see nothing, with derivatives 0."""
+    lse = blocks["lse"]
+    lse = jnp.where(lse == -jnp.inf, 0, lse)[..., None]
+    return jnp.exp(logits(problem, tile, blocks, k, poison) - lse)
+
+
+def _cap_slope(problem, tile, q, k):
+    """d softcap(x) / dx at the tile's logits."""
+    return 1 - jnp.tanh(products(problem, tile, q, k) / problem.softcap) ** 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Backward:
+    """Block function of the gradients in `wrt`, from `dout` and `delta`."""
+
+    problem: Problem
+    names: tuple[str, ...]
+    wrt: tuple[str, ...]
+
+    def __call__(self, tile, *arrays):
+        p, blocks = self.problem, dict(zip(self.names, arrays, strict=True))
+        at, dot = _ARRAY_LABELS[p.order], tile.grid.dot
+        k, v, poison = sanitized(p, blocks)
+        q, dout = blocks["q"], blocks["dout"]
+        weights = _probabilities(p, tile, blocks, k, poison)
+        parts = {}
+        if "v" in self.wrt:
+            parts["v"] = dot(f"bkgts,{at['out']}->{at['v']}", weights, dout)
+        if self.wrt != ("v",):
+            dweights = dot(f"{at['out']},{at['v']}->bkgts", dout, v)
+            dlogits = weights * (dweights - blocks["delta"][..., None])
+            if "bias" in self.wrt:
+                parts["bias"] = _sum_to(dlogits, blocks["bias"].shape)
+            if p.softcap is not None:
+                dlogits = dlogits * _cap_slope(p, tile, q, k)
+            if "q" in self.wrt:
+                parts["q"] = dot(f"bkgts,{at['k']}->{at['q']}", dlogits, k) * p.scale
+            if "k" in self.wrt:
+                parts["k"] = dot(f"bkgts,{at['q']}->{at['k']}", dlogits, q) * p.scale
+        return [parts[name] for name in self.wrt]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tangent:
+    """Block function of sum_j p dlogits v + p dv, and of dlse = sum_j p dlogits."""
+
+    problem: Problem
+    names: tuple[str, ...]
+
+    def __call__(self, tile, *arrays):
+        p, blocks = self.problem, dict(zip(self.names, arrays, strict=True))
+        at, dot = _ARRAY_LABELS[p.order], tile.grid.dot
+        to_out = f"bkgts,{at['v']}->{at['out']}"
+        k, v, poison = sanitized(p, blocks)
+        weights = _probabilities(p, tile, blocks, k, poison)
+        dlogits = None
+        for pair in (("dq", k), (blocks["q"], "dk")):
+            if all(blocks.get(x) is not None for x in pair if isinstance(x, str)):
+                dx = products(p, tile, *(blocks[x] if isinstance(x, str) else x for x in pair))
+                dlogits = dx if dlogits is None else dlogits + dx
+        if dlogits is not None and p.softcap is not None:
+            dlogits = dlogits * _cap_slope(p, tile, blocks["q"], k)
+        if "dbias" in blocks:
+            dbias = blocks["dbias"].astype(p.accumulator)
+            dlogits = dbias if dlogits is None else dlogits + dbias
+        parts = []
+        if dlogits is not None:
+            dweights = weights * dlogits
+            parts = [dot(to_out, dweights, v), dweights.sum(-1)]
+        if "dv" in blocks:
+            moved = dot(to_out, weights, blocks["dv"])
+            parts = (
+                [moved + parts[0], parts[1]]
+                if parts
+                else [moved, jnp.zeros(weights.shape[:-1], weights.dtype)]
+            )
+        return parts
+
+
+def _sum_to(x: Array, shape: tuple[int, ...]) -> Array:
+    """Sums x over the axes that broadcast from `shape`."""
+    axes = [i for i, (n, m) in enumerate(zip(x.shape, shape, strict=True)) if n != m]
+    return x.sum(axes, keepdims=True) if axes else x
+
+
+def _described(problem: Problem, arrays: Mapping[str, Array]) -> tuple[Labelled, ...]:
+    return tuple(Labelled(x.shape, str(x.dtype), labels(problem, n)) for n, x in arrays.items())
+
+
+def _spec(problem, arrays, function, results) -> PairSum:
+    masks = tuple(name for name in arrays if name in Masks._fields)
+    return PairSum(
+        problem,
+        function,
+        cover=MapBlocks(problem, masks) if problem.masked else None,
+        masks=len(masks),
+        operands=_described(problem, arrays),
+        results=results,
+    )
+
+
+def backward(
+    problem: Problem, operands: Operands, lse: Array, dout: Array, delta: Array, wrt: tuple[str, ...]
+) -> list[Array]:
+    """The gradients of the operands in `wrt`, of their shapes and dtypes.
+
+    Args:
+        lse, delta: (B, N, T); delta = rowsum(dout * out) - dlse.
+        dout: of the shape of out.
+        wrt: a subset of `DIFFERENTIABLE`, in that order.
+    """
+    arrays = blocked(problem, operands, lse=lse, dout=dout, delta=delta)
+    results = tuple(
+        Labelled(arrays[name].shape, str(arrays[name].dtype), labels(problem, name)) for name in wrt
+    )
+    spec = _spec(problem, arrays, Backward(problem, tuple(arrays), wrt), results)
+    sums = pair_sum(spec, list(arrays.values()))
+    return [x.reshape(getattr(operands, name).shape) for x, name in zip(sums, wrt, strict=True)]
+
+
+def tangent(
+    problem: Problem, operands: Operands, out: Array, lse: Array, moved: Mapping[str, Array]
+) -> tuple[Array, Array]:
+    """The tangents of out and lse, from those of the operands.
+
+    Args:
+        moved: tangents by the operand's name.
+
+    Returns:
+        dout, of out's shape and dtype, and dlse (B, N, T).
+    """
+    p = problem
+    tangents = {f"d{name}": x for name, x in moved.items()}
+    arrays = blocked(p, operands, lse=lse, **tangents)
+    out_shape = split_heads(p, "out", out).shape
+    results = (
+        Labelled(out_shape, p.accumulator, labels(p, "out")),
+        Labelled(arrays["lse"].shape, p.accumulator, labels(p, "lse")),
+    )
+    spec = _spec(p, arrays, Tangent(p, tuple(arrays)), results)
+    moving, dlse = pair_sum(spec, list(arrays.values()))
+    dlse = dlse.reshape(lse.shape)
+    dout = moving.reshape(out.shape) - out.astype(p.accumulator) * beside_out(p, dlse)
+    return dout.astype(out.dtype), dlse
+
+
+def beside_out(problem: Problem, stats: Array) -> Array:
+    """Row statistics (B, N, T) in the memory order of out, with a last axis of 1."""
+    return (stats if problem.order == "BNTD" else stats.swapaxes(1, 2))[..., None]
+
+
+def delta_of(problem: Problem, out: Array, dout: Array, dlse: Array) -> Array:
+    """rowsum(dout * out) - dlse, of shape (B, N, T)."""
+    rows = jnp.sum(dout.astype(problem.accumulator) * out.astype(problem.accumulator), axis=-1)
+    rows = rows if problem.order == "BNTD" else rows.swapaxes(1, 2)
+    return rows - dlse

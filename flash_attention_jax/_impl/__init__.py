@@ -1,0 +1,1 @@
+"""The implementations. None imports another; `_dispatch` alone knows them all."""

@@ -1,0 +1,244 @@
+"""The one loop over blocks: every query block visits the key blocks that it can see.
+
+An operand's axes carry labels, one character each: b, k, t and s (batch, key/value heads, queries,
+keys) are divided into tiles; an axis with any other label, or of size 1 where it broadcasts, is
+whole in every block. Blocks are sliced where they lie, so memory order is a matter of labels.
+
+An axis whose length is no multiple of its tile ends in a tile that overlaps the one before. The
+pairs seen twice are `stale` the second time and must then contribute nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from flash_attention_jax._mask import Cover
+from flash_attention_jax._problem import Problem
+from flash_attention_jax._tiles import Sizes, choose_tile, extents
+
+Array = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """The static side of a sweep: extents, tile sizes and how blocks are multiplied.
+
+    Attributes:
+        operand_dtype: dtype in which matrix units take their operands; sums are in `accumulator`.
+    """
+
+    full: Sizes
+    tile: Sizes
+    operand_dtype: str
+    accumulator: str
+    precision: str
+    masked: bool
+    ever_whole: bool
+
+    @classmethod
+    def of(cls, problem: Problem, platform: str, *, one_batch: bool) -> Grid:
+        """The grid for a problem on a platform.
+
+        A CPU has no matrix unit for 16-bit floats: converting a block once and multiplying in
+        float32 is faster there, and more exact.
+        """
+        return cls(
+            full=extents(problem),
+            tile=choose_tile(problem, platform, one_batch=one_batch),
+            operand_dtype=problem.accumulator if platform == "cpu" else problem.dtype,
+            accumulator=problem.accumulator,
+            precision=problem.precision,
+            masked=problem.masked,
+            ever_whole=problem.mask is None,
+        )
+
+    @property
+    def counts(self) -> Sizes:
+        """Tiles along each axis."""
+        return Sizes(*(-(-n // m) for n, m in zip(self.full, self.tile, strict=True)))
+
+    def axes(self, shape: Sequence[int], labels: str) -> dict[int, str]:
+        """The axes of an array that tiles divide."""
+        return {
+            axis: label
+            for axis, (size, label) in enumerate(zip(shape, labels, strict=True))
+            if label in Sizes._fields and size == getattr(self.full, label)
+        }
+
+    def block_shape(self, shape: Sequence[int], labels: str) -> tuple[int, ...]:
+        """Shape of one block of an array."""
+        divided = self.axes(shape, labels)
+        return tuple(
+            getattr(self.tile, divided[axis]) if axis in divided else size for axis, size in enumerate(shape)
+        )
+
+    def dot(self, subscripts: str, x: Array, y: Array) -> Array:
+        """A matrix product of blocks, in the platform's operand dtype, summed in `accumulator`."""
+        return jnp.einsum(
+            subscripts,
+            x.astype(self.operand_dtype),
+            y.astype(self.operand_dtype),
+            precision=self.precision,
+            preferred_element_type=self.accumulator,
+        )
+
+
+class Starts(NamedTuple):
+    """Where a tile starts along each axis, traced."""
+
+    b: Array
+    k: Array
+    t: Array
+    s: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """One tile of a sweep, inside its loops.
+
+    Attributes:
+        grid: the sweep's grid.
+        starts: where the tile starts along each axis (traced).
+        rows, cols: indices i (t,) and j (s,), int32.
+        fresh_rows, fresh_cols: bool (t,), (s,): not seen in an earlier tile; None if all are.
+        masked: whether some pair of the tile may be hidden by a mask.
+    """
+
+    grid: Grid
+    starts: Starts
+    rows: Array = None
+    cols: Array = None
+    fresh_rows: Array = None
+    fresh_cols: Array = None
+    masked: bool = False
+
+    def take(self, x: Array, labels: str) -> Array:
+        """The block of x that belongs to this tile."""
+        starts, sizes = self._window(x.shape, labels)
+        return x if sizes == x.shape else lax.dynamic_slice(x, starts, sizes)
+
+    def add(self, buffer: Array, labels: str, part: Array) -> Array:
+        """Adds a block's part to where it belongs in the buffer."""
+        starts, sizes = self._window(buffer.shape, labels)
+        part = part.astype(buffer.dtype)
+        if sizes == buffer.shape:
+            return buffer + part
+        return lax.dynamic_update_slice(buffer, lax.dynamic_slice(buffer, starts, sizes) + part, starts)
+
+    def _window(self, shape, labels):
+        divided = self.grid.axes(shape, labels)
+        starts = [
+            getattr(self.starts, divided[axis]) if axis in divided else np.int32(0)
+            for axis in range(len(shape))
+        ]
+        return starts, self.grid.block_shape(shape, labels)
+
+    def fresh(self) -> Array:
+        """Bool (t|1, s|1): pairs that no earlier tile has seen; None if all are."""
+        rows = None if self.fresh_rows is None else self.fresh_rows[:, None]
+        cols = None if self.fresh_cols is None else self.fresh_cols[None, :]
+        return cols if rows is None else rows if cols is None else rows & cols
+
+    def along(self, axis: str, index: Array) -> Tile:
+        """This tile at the given index along "t" or "s"."""
+        full, size = getattr(self.grid.full, axis), getattr(self.grid.tile, axis)
+        start = jnp.minimum(index * size, full - size)
+        positions = start + jnp.arange(size, dtype=jnp.int32)
+        fresh = None if full % size == 0 else positions >= index * size
+        names = ("rows", "fresh_rows") if axis == "t" else ("cols", "fresh_cols")
+        there = dict(zip(names, (positions, fresh), strict=True))
+        return dataclasses.replace(self, starts=self.starts._replace(**{axis: start}), **there)
+
+
+def sweep(
+    grid: Grid,
+    cover: Array | None,
+    operands: Sequence[tuple[Array, str]],
+    buffers: Any,
+    *,
+    start: Callable[[Tile], Any],
+    step: Callable[[Tile, list[Array], Any, Any], tuple[Any, Any]],
+    finish: Callable[[Tile, Any, Any], Any],
+) -> Any:
+    """Runs over the tiles, for each row of them over the visible columns.
+
+    Args:
+        cover: int8 (1|B, tiles of t, tiles of s) of `Cover`, or None where every pair is visible.
+        operands: arrays and their labels.
+        buffers: what the loops carry from beginning to end.
+        start: the accumulators of a row of tiles.
+        step: (tile, blocks of the operands, accumulators, buffers) to the latter two.
+        finish: (tile of the row, accumulators, buffers) to the buffers.
+
+    Returns:
+        The buffers.
+    """
+    counts = grid.counts
+    order, whole, seen = _visits(grid, cover)
+
+    def row(index, buffers):
+        index, it = jnp.divmod(index, counts.t)
+        ib, ik = jnp.divmod(index, counts.k)
+        corner = Starts(ib * grid.tile.b, ik * grid.tile.k, 0, 0)
+        here = Tile(grid, corner).along("t", it)
+        lasting = [
+            None if "s" in grid.axes(x.shape, labels).values() else here.take(x, labels)
+            for x, labels in operands
+        ]
+
+        def col(visit, carry, *, masked):
+            js = visit if order is None else _at(order, ib, it)[visit]
+            tile = dataclasses.replace(here.along("s", js), masked=masked)
+            blocks = [
+                tile.take(x, labels) if block is None else block
+                for block, (x, labels) in zip(lasting, operands, strict=True)
+            ]
+            return step(tile, blocks, *carry)
+
+        carry = (start(here), buffers)
+        if order is None:
+            carry = _loop(0, counts.s, functools.partial(col, masked=False), carry)
+        else:
+            middle = 0
+            if grid.ever_whole:
+                middle = _at(whole, ib, it)
+                carry = _loop(0, middle, functools.partial(col, masked=False), carry)
+            last = _at(seen, ib, it)
+            carry = _loop(middle, last, functools.partial(col, masked=True), carry)
+        return finish(here, *carry)
+
+    return _loop(0, counts.b * counts.k * counts.t, row, buffers)
+
+
+def _loop(first, last, body, carry):
+    """`fori_loop` whose index is int32 whatever `jax_enable_x64` says."""
+    return lax.fori_loop(first, last, lambda n, c: body(jnp.asarray(n, jnp.int32), c), carry)
+
+
+def _visits(grid: Grid, cover: Any):
+    """For each row of tiles the columns to visit, whole ones first, and how many of each kind."""
+    if cover is None:
+        return None, None, None
+    if cover.shape[0] > 1:
+        cover = cover.reshape(grid.counts.b, grid.tile.b, *cover.shape[1:])
+        cover = join_covers(cover, axis=1)
+    order = jnp.argsort(-cover, axis=-1, stable=True).astype(jnp.int32)
+    whole = jnp.sum(cover == Cover.ALL, axis=-1, dtype=jnp.int32)
+    return order, whole, jnp.sum(cover != Cover.NONE, axis=-1, dtype=jnp.int32)
+
+
+def join_covers(cover: Array, axis: int) -> Array:
+    """The cover of several problems computed together, each of which has its own."""
+    least, most = cover.min(axis), cover.max(axis)
+    return jnp.where(least == most, least, jnp.int8(Cover.PART))
+
+
+def _at(table: Array, ib: Array, it: Array) -> Array:
+    return table[ib if table.shape[0] > 1 else 0, it]
