@@ -7,32 +7,33 @@ these two functions, at any order, are pair sums again (see `_pair_sum`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
-from flash_attention_jax._mask import Masks, grouped, visible
+from flash_attention_jax._mask import Masks, visible
 from flash_attention_jax._pair_sum import Labelled, MapBlocks, PairSum, pair_sum
 from flash_attention_jax._problem import Operands, Order, Problem
 from flash_attention_jax._sweep import Tile
 
 Array = Any
 
+# Axis labels of whole arrays; in blocks the query heads n are split into (k, g).
 _ARRAY_LABELS: dict[Order, dict[str, str]] = {
-    "BNTD": dict(q="bkgtd", k="bksd", v="bkse", out="bkgte"),
-    "BTND": dict(q="btkgd", k="bskd", v="bske", out="btkge"),
+    "BNTD": {"q": "bntd", "k": "bksd", "v": "bkse", "out": "bnte"},
+    "BTND": {"q": "btnd", "k": "bskd", "v": "bske", "out": "btne"},
 }
-_OTHER_LABELS = dict(
-    bias="bkgts",
-    lse="bkgt",
-    delta="bkgt",
-    mask="bkgts",
-    key_mask="bs",
-    q_segments="bt",
-    kv_segments="bs",
-    q_offset="b",
-)
+_OTHER_LABELS = {
+    "bias": "bnts",
+    "lse": "bnt",
+    "delta": "bnt",
+    "mask": "bnts",
+    "key_mask": "bs",
+    "q_segments": "bt",
+    "kv_segments": "bs",
+    "q_offset": "b",
+}
 DIFFERENTIABLE = ("q", "k", "v", "bias")
 
 
@@ -42,29 +43,38 @@ def labels(problem: Problem, name: str) -> str:
     return (_ARRAY_LABELS[problem.order] | _OTHER_LABELS)[base]
 
 
-def split_heads(problem: Problem, name: str, x: Array) -> Array:
-    """Splits the head axis N of a canonical array into (K, G); k, v and masks have none."""
-    p = problem
-    base = name[1:] if name.startswith("d") and name != "delta" else name
-    if base == "bias" or base == "mask":
-        return grouped(p, x)
-    if base in ("lse", "delta"):
-        return x.reshape(p.B, p.K, p.G, p.T)
-    if base in ("q", "out"):
-        rows = (p.K, p.G, p.T) if p.order == "BNTD" else (p.T, p.K, p.G)
-        return x.reshape(p.B, *rows, x.shape[-1])
-    return x
-
-
 def blocked(problem: Problem, operands: Operands, **others: Array) -> dict[str, Array]:
     """The arrays that blocks are cut from, by name: masks first, then q, k, v, bias, then others."""
-    given = operands._asdict() | Masks.of(problem, operands)._asdict()
+    given = operands._asdict()
     order = (*Masks._fields, *DIFFERENTIABLE)
-    arrays = {name: given[name] for name in order if given[name] is not None}
-    return {
-        name: x if name in Masks._fields else split_heads(problem, name, x)
-        for name, x in (arrays | others).items()
-    }
+    return {name: given[name] for name in order if given[name] is not None} | others
+
+
+def grouped_blocks(problem: Problem, names: Sequence[str], blocks: Sequence[Array]) -> dict[str, Array]:
+    """Blocks by name, their query heads split into (k, g); both are 1 where they broadcast."""
+    result = {}
+    for name, block in zip(names, blocks, strict=True):
+        axis = labels(problem, name).find("n")
+        if axis >= 0:
+            n = block.shape[axis]
+            heads = (n // problem.G, problem.G) if n % problem.G == 0 else (1, 1)
+            block = block.reshape(*block.shape[:axis], *heads, *block.shape[axis + 1 :])
+        result[name] = block
+    return result
+
+
+def ungrouped(problem: Problem, name: str, part: Array) -> Array:
+    """A part of the result `name`, its heads (k, g) joined to n."""
+    axis = labels(problem, name).find("n")
+    if axis < 0:
+        return part
+    heads = part.shape[axis] * part.shape[axis + 1]
+    return part.reshape(*part.shape[:axis], heads, *part.shape[axis + 2 :])
+
+
+def in_block(problem: Problem, name: str) -> str:
+    """The axis labels of a block, for `Grid.dot`."""
+    return labels(problem, name).replace("n", "kg")
 
 
 def sanitized(problem: Problem, blocks: Mapping[str, Array]) -> tuple[Array, Array, Array | None]:
@@ -86,8 +96,8 @@ def sanitized(problem: Problem, blocks: Mapping[str, Array]) -> tuple[Array, Arr
 
 def products(problem: Problem, tile: Tile, q: Array, k: Array) -> Array:
     """scale * q k^T, of shape (b, k, g, t, s)."""
-    at = _ARRAY_LABELS[problem.order]
-    return tile.grid.dot(f"{at['q']},{at['k']}->bkgts", q, k) * problem.scale
+    q_axes, k_axes = in_block(problem, "q"), in_block(problem, "k")
+    return tile.grid.dot(f"{q_axes},{k_axes}->bkgts", q, k) * problem.scale
 
 
 def capped(problem: Problem, x: Array) -> Array:
@@ -138,8 +148,9 @@ class Backward:
     wrt: tuple[str, ...]
 
     def __call__(self, tile, *arrays):
-        p, blocks = self.problem, dict(zip(self.names, arrays, strict=True))
-        at, dot = _ARRAY_LABELS[p.order], tile.grid.dot
+        p, dot = self.problem, tile.grid.dot
+        blocks = grouped_blocks(p, self.names, arrays)
+        at = {name: in_block(p, name) for name in ("q", "k", "v", "out")}
         k, v, poison = sanitized(p, blocks)
         q, dout = blocks["q"], blocks["dout"]
         weights = _probabilities(p, tile, blocks, k, poison)
@@ -157,7 +168,7 @@ class Backward:
                 parts["q"] = dot(f"bkgts,{at['k']}->{at['q']}", dlogits, k) * p.scale
             if "k" in self.wrt:
                 parts["k"] = dot(f"bkgts,{at['q']}->{at['k']}", dlogits, q) * p.scale
-        return [parts[name] for name in self.wrt]
+        return [ungrouped(p, name, parts[name]) for name in self.wrt]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,8 +179,9 @@ class Tangent:
     names: tuple[str, ...]
 
     def __call__(self, tile, *arrays):
-        p, blocks = self.problem, dict(zip(self.names, arrays, strict=True))
-        at, dot = _ARRAY_LABELS[p.order], tile.grid.dot
+        p, dot = self.problem, tile.grid.dot
+        blocks = grouped_blocks(p, self.names, arrays)
+        at = {name: in_block(p, name) for name in ("q", "k", "v", "out")}
         to_out = f"bkgts,{at['v']}->{at['out']}"
         k, v, poison = sanitized(p, blocks)
         weights = _probabilities(p, tile, blocks, k, poison)
@@ -183,18 +195,13 @@ class Tangent:
         if "dbias" in blocks:
             dbias = blocks["dbias"].astype(p.accumulator)
             dlogits = dbias if dlogits is None else dlogits + dbias
-        parts = []
+        moved, dlse = [], jnp.zeros(weights.shape[:-1], weights.dtype)
         if dlogits is not None:
             dweights = weights * dlogits
-            parts = [dot(to_out, dweights, v), dweights.sum(-1)]
+            moved, dlse = [dot(to_out, dweights, v)], dweights.sum(-1)
         if "dv" in blocks:
-            moved = dot(to_out, weights, blocks["dv"])
-            parts = (
-                [moved + parts[0], parts[1]]
-                if parts
-                else [moved, jnp.zeros(weights.shape[:-1], weights.dtype)]
-            )
-        return parts
+            moved.append(dot(to_out, weights, blocks["dv"]))
+        return [ungrouped(p, "out", sum(moved[1:], moved[0])), ungrouped(p, "lse", dlse)]
 
 
 def _sum_to(x: Array, shape: tuple[int, ...]) -> Array:
@@ -234,8 +241,7 @@ def backward(
         Labelled(arrays[name].shape, str(arrays[name].dtype), labels(problem, name)) for name in wrt
     )
     spec = _spec(problem, arrays, Backward(problem, tuple(arrays), wrt), results)
-    sums = pair_sum(spec, list(arrays.values()))
-    return [x.reshape(getattr(operands, name).shape) for x, name in zip(sums, wrt, strict=True)]
+    return pair_sum(spec, list(arrays.values()))
 
 
 def tangent(
@@ -252,15 +258,13 @@ def tangent(
     p = problem
     tangents = {f"d{name}": x for name, x in moved.items()}
     arrays = blocked(p, operands, lse=lse, **tangents)
-    out_shape = split_heads(p, "out", out).shape
     results = (
-        Labelled(out_shape, p.accumulator, labels(p, "out")),
-        Labelled(arrays["lse"].shape, p.accumulator, labels(p, "lse")),
+        Labelled(out.shape, p.accumulator, labels(p, "out")),
+        Labelled(lse.shape, p.accumulator, labels(p, "lse")),
     )
     spec = _spec(p, arrays, Tangent(p, tuple(arrays)), results)
     moving, dlse = pair_sum(spec, list(arrays.values()))
-    dlse = dlse.reshape(lse.shape)
-    dout = moving.reshape(out.shape) - out.astype(p.accumulator) * beside_out(p, dlse)
+    dout = moving - out.astype(p.accumulator) * beside_out(p, dlse)
     return dout.astype(out.dtype), dlse
 
 

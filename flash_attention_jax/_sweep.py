@@ -1,8 +1,9 @@
 """The one loop over blocks: every query block visits the key blocks that it can see.
 
-An operand's axes carry labels, one character each: b, k, t and s (batch, key/value heads, queries,
-keys) are divided into tiles; an axis with any other label, or of size 1 where it broadcasts, is
-whole in every block. Blocks are sliced where they lie, so memory order is a matter of labels.
+An operand's axes carry labels, one character each: b, n, k, t and s (batch, query heads, key/value
+heads, queries, keys) are divided into tiles, query heads with the key/value head of their group; an
+axis with any other label, or of size 1 where it broadcasts, is whole in every block. Blocks are
+sliced where they lie, so memory order is a matter of labels.
 
 An axis whose length is no multiple of its tile ends in a tile that overlaps the one before. The
 pairs seen twice are `stale` the second time and must then contribute nothing.
@@ -39,6 +40,7 @@ class Grid:
     operand_dtype: str
     accumulator: str
     precision: str
+    group: int
     masked: bool
     ever_whole: bool
 
@@ -55,6 +57,7 @@ class Grid:
             operand_dtype=problem.accumulator if platform == "cpu" else problem.dtype,
             accumulator=problem.accumulator,
             precision=problem.precision,
+            group=problem.G,
             masked=problem.masked,
             ever_whole=problem.mask is None,
         )
@@ -69,15 +72,28 @@ class Grid:
         return {
             axis: label
             for axis, (size, label) in enumerate(zip(shape, labels, strict=True))
-            if label in Sizes._fields and size == getattr(self.full, label)
+            if label in "bnkts" and size == self._along(self.full, label)
         }
+
+    def _along(self, sizes: Any, label: str) -> Any:
+        """What sizes or starts say of an axis with this label."""
+        return sizes.k * self.group if label == "n" else getattr(sizes, label)
 
     def block_shape(self, shape: Sequence[int], labels: str) -> tuple[int, ...]:
         """Shape of one block of an array."""
         divided = self.axes(shape, labels)
         return tuple(
-            getattr(self.tile, divided[axis]) if axis in divided else size for axis, size in enumerate(shape)
+            self._along(self.tile, divided[axis]) if axis in divided else size
+            for axis, size in enumerate(shape)
         )
+
+    def block_start(self, shape: Sequence[int], labels: str, starts: Starts) -> list[Array]:
+        """Where the block at these starts begins in an array."""
+        divided = self.axes(shape, labels)
+        return [
+            self._along(starts, divided[axis]) if axis in divided else np.int32(0)
+            for axis in range(len(shape))
+        ]
 
     def dot(self, subscripts: str, x: Array, y: Array) -> Array:
         """A matrix product of blocks, in the platform's operand dtype, summed in `accumulator`."""
@@ -133,12 +149,8 @@ class Tile:
         return lax.dynamic_update_slice(buffer, lax.dynamic_slice(buffer, starts, sizes) + part, starts)
 
     def _window(self, shape, labels):
-        divided = self.grid.axes(shape, labels)
-        starts = [
-            getattr(self.starts, divided[axis]) if axis in divided else np.int32(0)
-            for axis in range(len(shape))
-        ]
-        return starts, self.grid.block_shape(shape, labels)
+        grid = self.grid
+        return grid.block_start(shape, labels, self.starts), grid.block_shape(shape, labels)
 
     def fresh(self) -> Array:
         """Bool (t|1, s|1): pairs that no earlier tile has seen; None if all are."""

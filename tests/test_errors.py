@@ -25,6 +25,7 @@ GOOD = {
     "k": RNG.standard_normal((2, 3, 7, 4)).astype(np.float32),
     "v": RNG.standard_normal((2, 3, 7, 8)).astype(np.float32),
 }
+SHORT = {name: x[0, 0] for name, x in GOOD.items()}
 SQUARE = {"q": GOOD["q"][:, :3], "k": GOOD["k"][:, :, :5], "v": GOOD["v"][:, :, :5]}
 
 
@@ -350,7 +351,7 @@ BAD = [
         for x in (np.nan, np.inf, -np.inf, np.float32("nan"))
     ),
     *(
-        bad(f"scale {type(x).__name__} {x}", TypeError, SCALE, type(x).__name__, scale=x)
+        bad(f"scale {type(x).__name__}", TypeError, SCALE, type(x).__name__, scale=x)
         for x in (1j, "1", [1.0], True, np.True_, object(), Torchlike())
     ),
     *(
@@ -432,12 +433,15 @@ TRACED = ("float32", "float16", "int32", "bool", "complex64")
 
 def traceable(x):
     """Whether tracing x changes nothing about it but that its values are unknown."""
-    return isinstance(x, jax.Array) or (isinstance(x, np.ndarray) and x.dtype.name in TRACED)
+    return isinstance(x, jax.Array) or (isinstance(x, np.ndarray) and str(x.dtype) in TRACED)
 
 
 @pytest.mark.usefixtures("no_work")
-@pytest.mark.parametrize("trace", [jax.eval_shape, lambda f, x: jax.jit(f)(x)], ids=["eval_shape", "jit"])
-@pytest.mark.parametrize("name", ["flash_attention", "attention"])
+@pytest.mark.parametrize(
+    ("name", "trace"),
+    [("flash_attention", lambda f, x: jax.jit(f)(x)), ("attention", jax.eval_shape)],
+    ids=["flash_attention-jit", "attention-eval_shape"],
+)
 @pytest.mark.parametrize("row", [x for x in BAD if not x.name.startswith("causal")], ids=lambda row: row.name)
 def test_bad_arguments_while_tracing(row, name, trace):
     arguments = GOOD | row.arguments
@@ -698,20 +702,26 @@ def test_accepted(arguments, expected):
     assert_same(arguments, expected)
 
 
+KEY_MASK_DTYPES = ("int8", "uint8", "int32", "int64", "float16", "bfloat16", "float32", "float64")
+
+
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (1, 1), (1, 7), (2, 1), (2, 7)], ids=str)
-@pytest.mark.parametrize("dtype", [bool, np.int32, np.float32], ids=lambda x: x.__name__)
-def test_key_mask_of_every_shape(shape, dtype):
+def test_key_mask_of_every_shape(shape):
     keep = RNG.random(shape) < 0.6
-    full = np.broadcast_to(keep, np.broadcast_shapes(shape, (2, 7)))[:, None, None, :]
-    assert_same({"key_mask": keep.astype(dtype)}, {"mask": full})
+    full = np.broadcast_to(keep, (2, 7))[:, None, None, :]
+    assert_same({"key_mask": keep}, {"mask": full})
+    for dtype in ("int32", "float32"):
+        problem, operands, _ = _problem.normalize(_problem.Operands(**GOOD, key_mask=keep.astype(dtype)))
+        canonical = _problem.arrange(problem, operands).key_mask
+        assert canonical.dtype == np.bool_
+        assert np.array_equal(np.broadcast_to(canonical, (2, 7)), full[:, 0, 0])
 
 
-@pytest.mark.parametrize(
-    "dtype", ["int8", "uint8", "int64", "uint64", "float16", "bfloat16", "float64", "float8_e4m3fn"]
-)
+@pytest.mark.parametrize("dtype", KEY_MASK_DTYPES)
 def test_key_mask_of_every_dtype(dtype):
     keep = np.array([1, 0, 1, 1, 0, 0, 1])
-    assert_same({"key_mask": keep.astype(jnp.dtype(dtype))}, {"mask": keep[None, :] != 0})
+    seen = flash_attention(**SHORT, key_mask=keep.astype(jnp.dtype(dtype))).out
+    np.testing.assert_allclose(seen, attention(**SHORT, mask=keep[None, :] != 0), atol=2e-6)
 
 
 @pytest.mark.parametrize(
@@ -759,7 +769,6 @@ def test_float64_is_accepted_with_x64():
 
 EMPTY = {
     "B": ((0, 6, 5, 4), (0, 3, 7, 4), (0, 3, 7, 8)),
-    "B of two": ((2, 0, 6, 5, 4), (2, 0, 3, 7, 4), (2, 0, 3, 7, 8)),
     "N": ((2, 0, 5, 4), (2, 3, 7, 4), (2, 3, 7, 8)),
     "N and K": ((2, 0, 5, 4), (2, 0, 7, 4), (2, 0, 7, 8)),
     "T": ((2, 6, 0, 4), (2, 3, 7, 4), (2, 3, 7, 8)),
@@ -781,8 +790,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(("options", "dtype"), [*((x, "float32") for x in OPTIONS), ("nothing", "bfloat16")])
 @pytest.mark.parametrize("shapes", EMPTY)
 @pytest.mark.parametrize("function", [flash_attention, plain_attention], ids=["flash", "plain"])
 def test_empty_axes(function, shapes, options, dtype):
@@ -802,8 +810,6 @@ def test_empty_axes(function, shapes, options, dtype):
     for gradient, x in zip(pull((jnp.ones_like(out), jnp.ones_like(lse))), given, strict=True):
         assert (gradient.shape, gradient.dtype) == (x.shape, x.dtype)
         assert not gradient.any()
-    for moved in jax.jvp(call, given, given)[1]:
-        assert not moved.any()
 
 
 @pytest.mark.parametrize("shapes", EMPTY)

@@ -23,18 +23,17 @@ def forward(problem: Problem, operands: Operands, device: Device):
     per_batch = any(m is not None and m.shape[0] > 1 for m in masks)
     grid = Grid.of(p, device.platform, one_batch=per_batch)
     cover = block_map(p, masks, grid.tile.t, grid.tile.s) if p.masked else None
-    out_labels = _formulas.labels(p, "out")
-    out_shape = (*_formulas.split_heads(p, "q", operands.q).shape[:-1], p.Dv)
+    out_shape = (*operands.q.shape[:-1], p.Dv)
     acc = p.accumulator
 
     def start(tile):
-        stats = grid.block_shape((p.B, p.K, p.G, p.T), "bkgt")
+        stats = (grid.tile.b, grid.tile.k, p.G, grid.tile.t)
         sums = jnp.zeros((*stats, p.Dv), acc)
         return jnp.full(stats, -jnp.inf, acc), jnp.zeros(stats, acc), sums
 
     def step(tile, blocks, carry, buffers):
         top, norm, sums = carry
-        blocks = dict(zip(arrays, blocks, strict=True))
+        blocks = _formulas.grouped_blocks(p, tuple(arrays), blocks)
         k, v, poison = _formulas.sanitized(p, blocks)
         x = _formulas.logits(p, tile, blocks, k, poison)
         new_top = jnp.maximum(top, x.max(-1))
@@ -54,13 +53,15 @@ def forward(problem: Problem, operands: Operands, device: Device):
         if tile.fresh_rows is not None:
             out = jnp.where(tile.fresh_rows[:, None], out, 0)
             lse = jnp.where(tile.fresh_rows, lse, 0)
-        out = jnp.einsum(f"bkgte->{out_labels}", out)
-        return tile.add(buffers[0], out_labels, out), tile.add(buffers[1], "bkgt", lse)
+        out = jnp.einsum(f"bkgte->{_formulas.in_block(p, 'out')}", out)
+        return tuple(
+            tile.add(buffer, _formulas.labels(p, name), _formulas.ungrouped(p, name, part))
+            for buffer, name, part in zip(buffers, ("out", "lse"), (out, lse), strict=True)
+        )
 
-    buffers = jnp.zeros(out_shape, p.dtype), jnp.zeros((p.B, p.K, p.G, p.T), acc)
+    buffers = jnp.zeros(out_shape, p.dtype), jnp.zeros((p.B, p.N, p.T), acc)
     labelled = [(x, _formulas.labels(p, name)) for name, x in arrays.items()]
-    out, lse = sweep(grid, cover, labelled, buffers, start=start, step=step, finish=finish)
-    return out.reshape((*operands.q.shape[:-1], p.Dv)), lse.reshape(p.B, p.N, p.T)
+    return sweep(grid, cover, labelled, buffers, start=start, step=step, finish=finish)
 
 
 IMPLEMENTATION = Implementation(
