@@ -39,15 +39,15 @@ def inner(xs: Any, ys: Any) -> jax.Array:
     return sum(jnp.vdot(x, y) for x, y in zip(xs, ys, strict=True))
 
 
-def seconds(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each, interleaved."""
+def seconds(functions: dict[str, Callable[..., Any]], arguments: Any, repeats: int) -> dict[str, float]:
+    """Median seconds of each on the arguments, interleaved."""
     for f in functions.values():
-        jax.block_until_ready(f())
+        jax.block_until_ready(f(*arguments))
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, f in functions.items():
             start = time.perf_counter()
-            jax.block_until_ready(f())
+            jax.block_until_ready(f(*arguments))
             times[name].append(time.perf_counter() - start)
     return {name: statistics.median(x) for name, x in times.items()}
 
@@ -83,7 +83,7 @@ def skip() -> None:
         q, k, v = (jax.random.normal(x, (4, T, 64)) for x in jax.random.split(jax.random.key(0), 3))
         for kind, wrap in (("forward", lambda f: f), ("gradient", gradient)):
             full, some = jax.jit(wrap(out_of())), jax.jit(wrap(out_of(**options)))
-            taken = seconds({"full": lambda f=full: f(q, k, v), "some": lambda f=some: f(q, k, v)}, 3)
+            taken = seconds({"full": full, "some": some}, (q, k, v), 3)
             ratio = taken["some"] / taken["full"]
             print(f"{label}, T = {T}, 4 heads of 64, {kind}: {ratio:.3f} of full ({taken['full']:.2f} s)")
 
@@ -99,9 +99,7 @@ def plain() -> None:
             for wrap in (lambda f: f, gradient):
                 ours, theirs = jax.jit(wrap(out_of())), jax.jit(wrap(attention))
                 repeats = max(3, 15 * 1024 // T)
-                taken = seconds(
-                    {"ours": lambda f=ours: f(q, k, v), "plain": lambda f=theirs: f(q, k, v)}, repeats
-                )
+                taken = seconds({"ours": ours, "plain": theirs}, (q, k, v), repeats)
                 row.append(taken["plain"] / taken["ours"])
             print(f"T = {T}, {heads} heads of {dim}: forward {row[0]:.2f}, gradient {row[1]:.2f} times plain")
 

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from flash_attention_jax._arguments import fail, normalize
 from flash_attention_jax._attend import Call, attend
 from flash_attention_jax._dispatch import IMPLEMENTATIONS
 from flash_attention_jax._impl.reference import dense
-from flash_attention_jax._problem import Operands, Problem, arrange, fail, normalize
+from flash_attention_jax._problem import Operands, Problem, arrange
 
 Window = int | tuple[int | None, int | None] | None
 SegmentIds = Int[Array, "*batch T"] | tuple[Int[Array, "*batch T"], Int[Array, "*batch S"]] | None
@@ -113,9 +114,7 @@ def flash_attention(
     Example:
         >>> out, lse = flash_attention(q, k, v, causal=True)
     """
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        names = ", ".join(map(repr, IMPLEMENTATIONS))
-        fail("implementation", f"None or one of {names}", repr(implementation))
+    _check_implementation(implementation)
     problem, operands, scale = normalize(
         Operands(q, k, v, bias, mask, key_mask, q_offset=q_offset),
         segment_ids,
@@ -181,6 +180,14 @@ def plain_attention(q, k, v, key_mask=None, *, bias=None, mask=None, q_offset=No
     operands = Operands(q, k, v, bias, mask, key_mask, q_offset=q_offset)
     problem, operands, scale = normalize(operands, options.pop("segment_ids", None), **options)
     return AttentionOutput(*_plain(problem, operands, scale))
+
+
+def _check_implementation(implementation: Any) -> None:
+    if implementation is None or (isinstance(implementation, str) and implementation in IMPLEMENTATIONS):
+        return
+    must = f"None or one of {', '.join(map(repr, IMPLEMENTATIONS))}"
+    error = ValueError if isinstance(implementation, str) else TypeError
+    fail("implementation", must, repr(implementation), error)
 
 
 @functools.partial(jax.jit, static_argnums=0)

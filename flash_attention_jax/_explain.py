@@ -7,9 +7,11 @@ from typing import Any
 
 import jax
 
+from flash_attention_jax._arguments import fail, normalize
 from flash_attention_jax._dispatch import IMPLEMENTATIONS, choose, device_of
 from flash_attention_jax._impl.base import Device
-from flash_attention_jax._problem import Operands, Problem, fail, normalize
+from flash_attention_jax._pair_sum import PLATFORMS
+from flash_attention_jax._problem import Operands, Problem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +75,9 @@ def explain(
         >>> x = jax.ShapeDtypeStruct((8, 4096, 64), "bfloat16")
         >>> print(explain(x, x, x, causal=True, platform="cuda"))
     """
-    if platform is not None and platform not in ("cpu", "cuda", "rocm", "tpu"):
-        fail("platform", "None, 'cpu', 'cuda', 'rocm' or 'tpu'", repr(platform))
+    if platform is not None and (not isinstance(platform, str) or platform not in PLATFORMS):
+        error = ValueError if isinstance(platform, str) else TypeError
+        fail("platform", "None, 'cpu', 'cuda', 'rocm' or 'tpu'", repr(platform), error)
     problem, _, _ = normalize(
         Operands(q, k, v, bias, mask, key_mask, q_offset=q_offset),
         segment_ids,

@@ -9,8 +9,9 @@ import pytest
 
 from flash_attention_jax import Unsupported, flash_attention
 from flash_attention_jax._api import plain_attention
+from flash_attention_jax._arguments import normalize
 from flash_attention_jax._dispatch import IMPLEMENTATIONS, device_of
-from flash_attention_jax._problem import Operands, normalize
+from flash_attention_jax._problem import Operands
 from flash_attention_jax.testing import CASES, error, exact, judge, judge_implementation
 
 

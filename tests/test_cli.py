@@ -14,10 +14,11 @@ import pytest
 
 from flash_attention_jax import explain, flash_attention
 from flash_attention_jax.__main__ import main
+from flash_attention_jax._arguments import normalize
 from flash_attention_jax._cli import check, demo
 from flash_attention_jax._dispatch import IMPLEMENTATIONS
 from flash_attention_jax._mask import visible_pairs
-from flash_attention_jax._problem import Operands, normalize
+from flash_attention_jax._problem import Operands
 from flash_attention_jax.testing import CASES, Verdict
 
 

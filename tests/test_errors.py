@@ -13,7 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flash_attention_jax import Unsupported, _api, _explain, _problem, attention, explain, flash_attention
+from flash_attention_jax import (
+    Unsupported,
+    _api,
+    _arguments,
+    _explain,
+    _problem,
+    attention,
+    explain,
+    flash_attention,
+)
 from flash_attention_jax._api import plain_attention
 from flash_attention_jax._dispatch import IMPLEMENTATIONS
 
@@ -181,7 +190,13 @@ BAD = [
     ),
     bad("k float16", TypeError, "of q's dtype float32", "float16", k=GOOD["k"].astype(np.float16)),
     bad("v bfloat16", TypeError, "of q's dtype float32", "bfloat16", v=jnp.asarray(GOOD["v"], jnp.bfloat16)),
-    bad("v int32", TypeError, "of q's dtype float32", "int32", v=GOOD["v"].astype(np.int32)),
+    bad(
+        "v int32",
+        TypeError,
+        "of dtype float16, bfloat16, float32, float64",
+        "int32",
+        v=GOOD["v"].astype(np.int32),
+    ),
     bad("bias int32", TypeError, FLOATS, "int32", bias=i32(5, 7)),
     bad("bias bool", TypeError, FLOATS, "bool", bias=np.ones((5, 7), bool)),
     bad("bias complex64", TypeError, FLOATS, "complex64", bias=np.ones((5, 7), np.complex64)),
@@ -193,13 +208,6 @@ BAD = [
     bad("mask float64", TypeError, "of dtype bool", "float64", mask=np.ones((5, 7))),
     bad("mask int64 beyond int32", TypeError, "of dtype bool", "int64", mask=np.full((5, 7), 2**40)),
     bad("key_mask complex64", TypeError, "bool or 0/1", "complex64", key_mask=np.ones(7, np.complex64)),
-    bad(
-        "key_mask int64 beyond int32",
-        ValueError,
-        "within the range of int32",
-        "values from 0 to 1099511627776",
-        key_mask=np.array([0, 1, 2**40, 0, 0, 0, 1]),
-    ),
     # bias, mask, key_mask: shapes
     *(
         bad(f"{name} {shape}", ValueError, PAIR, f"shape {shape}", **{name: np.ones(shape, dtype)})
@@ -345,14 +353,23 @@ BAD = [
         causal=True,
         q_offset=np.array([1, 2**40]),
     ),
+    bad(
+        "q_offset array far away",
+        ValueError,
+        "of a magnitude below 2**30",
+        f"values from 1 to {2**30}",
+        causal=True,
+        q_offset=np.array([1, 2**30]),
+    ),
     # scale, softcap, precision
+    bad("scale beyond float", ValueError, "finite", 10**400, scale=10**400),
     *(
         bad(f"scale {x}", ValueError, "finite", x, scale=x)
         for x in (np.nan, np.inf, -np.inf, np.float32("nan"))
     ),
     *(
         bad(f"scale {type(x).__name__}", TypeError, SCALE, type(x).__name__, scale=x)
-        for x in (1j, "1", [1.0], True, np.True_, object(), Torchlike())
+        for x in (1j, "1", [1.0], True, object(), Torchlike())
     ),
     *(
         bad(
@@ -364,6 +381,7 @@ BAD = [
         )
         for x in ("int32", "bool", "complex64", "object")
     ),
+    bad("scale np.True_", TypeError, f"{SCALE} of a floating dtype", "bool", scale=np.True_),
     *(bad(f"scale {s}", ValueError, SCALE, f"shape {s}", scale=f32(*s)) for s in ((1,), (2, 1), (0,))),
     *(
         bad(f"softcap {x}", ValueError, SOFTCAP, x, softcap=x)
@@ -372,6 +390,10 @@ BAD = [
     *(
         bad(f"softcap {type(x).__name__}", TypeError, SOFTCAP, type(x).__name__, softcap=x)
         for x in (True, "1", 1j, np.array(1.0), [1.0], np.True_)
+    ),
+    *(
+        bad(f"softcap {x}", ValueError, "None or from 1e-30 to 1e+30", x, softcap=x)
+        for x in (1e300, 1e31, 1e-31)
     ),
     *(bad(f"precision {x!r}", ValueError, PRECISION, repr(x), precision=x) for x in ("fast", "HIGHEST", "")),
     *(
@@ -477,7 +499,7 @@ def test_static_arguments_refuse_tracers(name, argument, value, must):
 
 def call_sites():
     """(module, line) of every call of `fail`."""
-    for module in (_problem, _api, _explain):
+    for module in (_arguments, _api, _explain):
         for node in ast.walk(ast.parse(inspect.getsource(module))):
             if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "fail":
                 yield module.__name__, node.lineno
@@ -491,7 +513,7 @@ def test_every_call_of_fail_is_in_the_tables(monkeypatch):
         reached.add((frame.f_globals["__name__"], frame.f_lineno))
         raise ValueError("reached")
 
-    for module in (_problem, _api, _explain):
+    for module in (_arguments, _api, _explain):
         monkeypatch.setattr(module, "fail", record)
     for name, row in EVERY:
         with pytest.raises(Exception, match=r"."):
@@ -711,7 +733,7 @@ def test_key_mask_of_every_shape(shape):
     full = np.broadcast_to(keep, (2, 7))[:, None, None, :]
     assert_same({"key_mask": keep}, {"mask": full})
     for dtype in ("int32", "float32"):
-        problem, operands, _ = _problem.normalize(_problem.Operands(**GOOD, key_mask=keep.astype(dtype)))
+        problem, operands, _ = _arguments.normalize(_problem.Operands(**GOOD, key_mask=keep.astype(dtype)))
         canonical = _problem.arrange(problem, operands).key_mask
         assert canonical.dtype == np.bool_
         assert np.array_equal(np.broadcast_to(canonical, (2, 7)), full[:, 0, 0])
@@ -750,8 +772,8 @@ def test_a_convertible_object_is_checked_as_what_it_becomes():
         assert_fails(row, function, **GOOD | row.arguments)
 
 
-@pytest.mark.parametrize("softcap", [1e300, 1e39, 1e-50])
-def test_softcaps_beyond_float32_keep_their_meaning(softcap):
+@pytest.mark.parametrize("softcap", [1e30, 1e-30])
+def test_extreme_softcaps_keep_their_meaning(softcap):
     # So wide a cap is no cap, and under so tight a one every logit is 0.
     zeros = {"q": GOOD["q"] * np.array([1, 0, 1, 0, 1], np.float32)[:, None]}
     assert_same(zeros | {"softcap": softcap}, zeros | ({} if softcap > 1 else {"scale": 0.0}))

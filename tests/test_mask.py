@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from flash_attention_jax import _mask
+from flash_attention_jax._arguments import normalize
 from flash_attention_jax._mask import Cover, Masks
-from flash_attention_jax._problem import Operands, arrange, normalize
+from flash_attention_jax._problem import Operands, arrange
 
 RNG = np.random.default_rng(0)
 B, N, T, S = 2, 2, 23, 31

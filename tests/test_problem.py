@@ -10,8 +10,9 @@ import pytest
 
 from flash_attention_jax import attention, flash_attention
 from flash_attention_jax._api import _flash, _plain, plain_attention
+from flash_attention_jax._arguments import normalize
 from flash_attention_jax._attend import Call
-from flash_attention_jax._problem import Operands, Problem, arrange, normalize
+from flash_attention_jax._problem import Operands, Problem, arrange
 
 N, K, T, S, D, Dv = 4, 2, 3, 5, 2, 3
 

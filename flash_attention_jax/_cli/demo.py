@@ -16,9 +16,9 @@ import numpy as np
 from rich.table import Table
 
 from flash_attention_jax._api import attention, flash_attention
+from flash_attention_jax._arguments import FLOATS
 from flash_attention_jax._cli.terminal import answer, machine_line, progress
 from flash_attention_jax._explain import explain
-from flash_attention_jax._problem import FLOAT_DTYPES
 
 # Rows of the result that are judged.
 _ROWS = 8
@@ -101,7 +101,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help=f"queries and keys (default {_LENGTH}; the README's example has 131072)",
     )
     parser.add_argument("--dim", type=_positive, default=512, metavar="D", help="head dim (default 512)")
-    parser.add_argument("--dtype", choices=FLOAT_DTYPES, default="float32", help="default float32")
+    parser.add_argument("--dtype", choices=FLOATS, default="float32", help="default float32")
     parser.add_argument("--causal", action="store_true", help="a query sees the keys up to its own position")
     parser.add_argument(
         "--slices",

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from flash_attention_jax import _explain
-from flash_attention_jax._problem import FLOAT_DTYPES, PRECISIONS
+from flash_attention_jax._arguments import FLOATS, PRECISIONS
 
 Shape = tuple[int, ...]
 
@@ -29,11 +29,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--q", required=True, help="(*batch, [N,] T, D)", **shape)
     parser.add_argument("--k", help="(*batch, [K,] S, D), by default q's", **shape)
     parser.add_argument("--v", help="(*batch, [K,] S, Dv), by default k's", **shape)
-    parser.add_argument(
-        "--dtype", choices=FLOAT_DTYPES, default="float32", help="of q, k, v (default float32)"
-    )
+    parser.add_argument("--dtype", choices=FLOATS, default="float32", help="of q, k, v (default float32)")
     parser.add_argument("--bias", help="broadcastable to (*batch, N, T, S)", **shape)
-    parser.add_argument("--bias-dtype", choices=FLOAT_DTYPES, help="by default that of q")
+    parser.add_argument("--bias-dtype", choices=FLOATS, help="by default that of q")
     parser.add_argument("--mask", help="broadcastable to (*batch, N, T, S)", **shape)
     parser.add_argument("--key-mask", help="broadcastable to (*batch, S)", **shape)
     parser.add_argument(
