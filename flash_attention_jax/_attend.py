@@ -229,7 +229,12 @@ def _define(name, run, abstract, jvp, transpose, extra_names) -> Primitive:
     def jitted(**params):
         return jax.jit(lambda *arrays: primitive.bind(*arrays, **params))
 
-    primitive.def_impl(lambda *arrays, **params: jitted(**params)(*arrays))
+    def evaluate(*arrays, **params):
+        # Under `jax.disable_jit` the jitted bind would come back here.
+        with jax.disable_jit(False):
+            return jitted(**params)(*arrays)
+
+    primitive.def_impl(evaluate)
     ad.primitive_jvps[primitive] = jvp
     if transpose is not None:
         ad.primitive_transposes[primitive] = transpose

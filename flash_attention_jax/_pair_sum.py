@@ -268,7 +268,9 @@ def _abstract(*operands, spec):
 
 
 def _evaluate(*operands, spec):
-    return _jitted(spec)(*operands)
+    # Under `jax.disable_jit` the jitted bind would come back here.
+    with jax.disable_jit(False):
+        return _jitted(spec)(*operands)
 
 
 @functools.lru_cache(maxsize=256)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from flash_attention_jax import attention, flash_attention
+from flash_attention_jax._api import plain_attention
 from flash_attention_jax._dispatch import IMPLEMENTATIONS
 
 RNG = np.random.default_rng(0)
@@ -35,8 +36,7 @@ def _double(small_tiles):
 def value(q, k, v, bias, *, implementation, **options):
     """A scalar that is not linear in out and lse."""
     if implementation == "plain":
-        # lse from attention itself: the output for one more value channel is all it needs not.
-        from flash_attention_jax._api import plain_attention as function
+        function = plain_attention
     else:
         function = functools.partial(flash_attention, implementation=implementation)
     out, lse = function(q, k, v, bias=bias, **options)
@@ -149,8 +149,6 @@ def test_gradient_of_lse_alone_and_of_out_alone():
         def f(function, *x, pick=pick):
             return jnp.sum(jnp.sin(function(*x[:3], bias=x[3])[pick]))
 
-        from flash_attention_jax._api import plain_attention
-
         ours, truth = (
             jax.grad(functools.partial(f, function), ALL) for function in (flash_attention, plain_attention)
         )
@@ -185,6 +183,14 @@ def test_checkpoint(policy):
         return value(*x, implementation="xla", causal=True)
 
     close(jax.grad(jax.checkpoint(f, policy=policy), ALL)(*ARGUMENTS), jax.grad(f, ALL)(*ARGUMENTS))
+
+
+def test_without_jit():
+    f = jax.grad(functools.partial(value, implementation="xla", causal=True))
+    truth = f(*ARGUMENTS)
+    second = jax.jvp(f, ARGUMENTS, DIRECTIONS)[1]
+    with jax.disable_jit():
+        close([f(*ARGUMENTS), jax.jvp(f, ARGUMENTS, DIRECTIONS)[1]], [truth, second])
 
 
 def test_scan_and_cond():
