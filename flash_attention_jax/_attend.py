@@ -200,6 +200,9 @@ def _operand_names(problem: Problem) -> list[str]:
 def _batch(primitive, extra_names, arrays, dims, *, call, wrt=()):
     p = call.problem
     names = _operand_names(p) + extra_names(wrt)
+    if any(d is not None and x.shape[d] == 0 for x, d in zip(arrays, dims, strict=True)):
+        avals = _avals_like(call, wrt, arrays, dims) if primitive is backward_p else _out_avals(call)
+        return [jnp.zeros((0, *x.shape), x.dtype) for x in avals], [0] * len(avals)
     if primitive is backward_p and "bias" in wrt:
         # A gradient for each element of the new axis: the bias must have that axis.
         at = names.index("bias")
@@ -215,9 +218,16 @@ def _batch(primitive, extra_names, arrays, dims, *, call, wrt=()):
     return results, [0] * len(results)
 
 
-def _avals_like(call, wrt, arrays):
+def _avals_like(call, wrt, arrays, dims=None):
+    """Of the operands in `wrt`; without the axis in `dims` where they are batched."""
     names = _operand_names(call.problem)
-    return [ShapedArray(x.shape, x.dtype) for x in (arrays[names.index(n)] for n in wrt)]
+    avals = []
+    for i in (names.index(name) for name in wrt):
+        shape = list(arrays[i].shape)
+        if dims is not None and dims[i] is not None:
+            del shape[dims[i]]
+        avals.append(ShapedArray(tuple(shape), arrays[i].dtype))
+    return avals
 
 
 def _define(name, run, abstract, jvp, transpose, extra_names) -> Primitive:

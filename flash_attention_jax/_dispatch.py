@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 
 from flash_attention_jax._impl import reference, xla
@@ -34,7 +32,6 @@ def choose(problem: Problem, device: Device, requested: str | None) -> Implement
     return next(i for i in IMPLEMENTATIONS.values() if i.refuses(problem, device) is None)
 
 
-@functools.cache
 def device_of(platform: str) -> Device:
     """The device that a computation lowered for `platform` will run on, as far as can be known."""
     try:

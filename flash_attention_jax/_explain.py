@@ -66,7 +66,7 @@ def explain(
     Args:
         q, k, v, and so on: as for `flash_attention`; a `jax.ShapeDtypeStruct` may stand for any
             array, since nothing is computed.
-        platform: "cpu", "cuda", "rocm" or "tpu"; by default that of the first device.
+        platform: "cpu", "cuda", "rocm" or "tpu"; by default that of the default device.
 
     Raises:
         ValueError, TypeError: as `flash_attention` does.
@@ -94,6 +94,7 @@ def explain(
 
 
 def _default_platform() -> str:
-    """The platform of the first device, by the name that lowering uses."""
-    platform = jax.local_devices()[0].client.platform or "other"
+    """The platform of the default device, by the name that lowering uses."""
+    device = getattr(jax.config, "jax_default_device", None) or jax.local_devices()[0]
+    platform = device if isinstance(device, str) else device.client.platform
     return "cuda" if platform == "gpu" else platform

@@ -43,7 +43,7 @@ def labels(problem: Problem, name: str) -> str:
     return (_ARRAY_LABELS[problem.order] | _OTHER_LABELS)[base]
 
 
-def blocked(problem: Problem, operands: Operands, **others: Array) -> dict[str, Array]:
+def blocked(operands: Operands, **others: Array) -> dict[str, Array]:
     """The arrays that blocks are cut from, by name: masks first, then q, k, v, bias, then others."""
     given = operands._asdict()
     order = (*Masks._fields, *DIFFERENTIABLE)
@@ -77,21 +77,45 @@ def in_block(problem: Problem, name: str) -> str:
     return labels(problem, name).replace("n", "kg")
 
 
-def sanitized(problem: Problem, blocks: Mapping[str, Array]) -> tuple[Array, Array, Array | None]:
-    """Makes hidden keys harmless: k and v with 0 for what is not finite, and its trace.
+def sanitized(problem: Problem, tile: Tile, blocks: Mapping[str, Array]) -> tuple[Array, Array, Array | None]:
+    """Makes hidden and stale keys harmless: k and v with 0 for what is not finite, and its trace.
 
-    0 * NaN is NaN, so a hidden key must not enter a matrix product as it is. The third result is
+    0 * NaN is NaN, so such a key must not enter a matrix product as it is. The third result is
     NaN at keys where something was replaced, else 0, to be added to the logits: a query that sees
     such a key gets NaN, as it should.
     """
     k, v = blocks["k"], blocks["v"]
     if not problem.masked:
+        if tile.fresh_cols is not None:
+            k, v = (_zero_unless(tile.fresh_cols, problem, x) for x in (k, v))
         return k, v, None
     good_k, good_v = jnp.isfinite(k), jnp.isfinite(v)
     poison = jnp.where(good_k.all(-1) & good_v.all(-1), 0, jnp.nan).astype(problem.accumulator)
     if problem.order == "BTND":
         poison = poison.swapaxes(1, 2)
     return jnp.where(good_k, k, 0), jnp.where(good_v, v, 0), poison[:, :, None, None, :]
+
+
+def _zero_unless(keep: Array, problem: Problem, x: Array) -> Array:
+    """A block of q, k, v or out with 0 in rows not kept; `keep` ends in their axis."""
+    if problem.order == "BTND" and keep.ndim > 1:
+        keep = jnp.moveaxis(keep, -1, 1)
+    elif problem.order == "BTND":
+        keep = keep[:, None]
+    return jnp.where(keep[..., None], x, 0)
+
+
+def without_dead_rows(problem: Problem, blocks: dict[str, Array]) -> dict[str, Array]:
+    """Blocks in which queries that see nothing, and their cotangents, are 0 whatever they hold."""
+    if not problem.masked and problem.bias is None:
+        return blocks
+    alive = blocks["lse"] != -jnp.inf
+    rows = {
+        name: _zero_unless(alive, problem, blocks[name]) for name in ("q", "dq", "dout") if name in blocks
+    }
+    if "delta" in blocks:
+        rows["delta"] = jnp.where(alive, blocks["delta"], 0)
+    return blocks | rows
 
 
 def products(problem: Problem, tile: Tile, q: Array, k: Array) -> Array:
@@ -151,7 +175,8 @@ class Backward:
         p, dot = self.problem, tile.grid.dot
         blocks = grouped_blocks(p, self.names, arrays)
         at = {name: in_block(p, name) for name in ("q", "k", "v", "out")}
-        k, v, poison = sanitized(p, blocks)
+        k, v, poison = sanitized(p, tile, blocks)
+        blocks = without_dead_rows(p, blocks)
         q, dout = blocks["q"], blocks["dout"]
         weights = _probabilities(p, tile, blocks, k, poison)
         parts = {}
@@ -183,7 +208,8 @@ class Tangent:
         blocks = grouped_blocks(p, self.names, arrays)
         at = {name: in_block(p, name) for name in ("q", "k", "v", "out")}
         to_out = f"bkgts,{at['v']}->{at['out']}"
-        k, v, poison = sanitized(p, blocks)
+        k, v, poison = sanitized(p, tile, blocks)
+        blocks = without_dead_rows(p, blocks)
         weights = _probabilities(p, tile, blocks, k, poison)
         dlogits = None
         for pair in (("dq", k), (blocks["q"], "dk")):
@@ -236,7 +262,7 @@ def backward(
         dout: of the shape of out.
         wrt: a subset of `DIFFERENTIABLE`, in that order.
     """
-    arrays = blocked(problem, operands, lse=lse, dout=dout, delta=delta)
+    arrays = blocked(operands, lse=lse, dout=dout, delta=delta)
     results = tuple(
         Labelled(arrays[name].shape, str(arrays[name].dtype), labels(problem, name)) for name in wrt
     )
@@ -257,7 +283,7 @@ def tangent(
     """
     p = problem
     tangents = {f"d{name}": x for name, x in moved.items()}
-    arrays = blocked(p, operands, lse=lse, **tangents)
+    arrays = blocked(operands, lse=lse, **tangents)
     results = (
         Labelled(out.shape, p.accumulator, labels(p, "out")),
         Labelled(lse.shape, p.accumulator, labels(p, "lse")),

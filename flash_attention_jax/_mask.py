@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from flash_attention_jax._problem import Operands, Problem
 
@@ -89,7 +90,7 @@ class Cover(enum.IntEnum):
     ALL = 2
 
 
-def block_map(problem: Problem, masks: Masks, rows: int, cols: int) -> Any:
+def block_map(problem: Problem, masks: Masks, rows: int, cols: int, at: Any = None) -> Any:
     """Which key blocks each query block visits.
 
     Exact for causal, window, offset and key mask; segments are judged by the range of ids in a
@@ -99,11 +100,12 @@ def block_map(problem: Problem, masks: Masks, rows: int, cols: int) -> Any:
     Args:
         masks: the canonical masks.
         rows, cols: block sizes; the last block of each axis may be short.
+        at: index of the one query block to map, which may be traced; None maps all.
 
     Returns:
-        int8 (b, ceil(T / rows), ceil(S / cols)) of `Cover`, b being 1 or B.
+        int8 (b, ceil(T / rows) or 1, ceil(S / cols)) of `Cover`, b being 1 or B.
     """
-    first_row, last_row = _edges(problem.T, rows)
+    first_row, last_row = (_one(x, at) for x in _edges(problem.T, rows))
     first_col, last_col = _edges(problem.S, cols)
     some = jnp.ones((1, first_row.size, first_col.size), bool)
     every = some
@@ -118,7 +120,7 @@ def block_map(problem: Problem, masks: Masks, rows: int, cols: int) -> Any:
         some &= _per_block(jnp.any, masks.key_mask, cols, False)[:, None, :]
         every &= _per_block(jnp.all, masks.key_mask, cols, True)[:, None, :]
     if masks.q_segments is not None:
-        q_low, q_high = _id_range(masks.q_segments, rows)
+        q_low, q_high = (_one(x, at) for x in _id_range(masks.q_segments, rows))
         kv_low, kv_high = (x[:, None, :] for x in _id_range(masks.kv_segments, cols))
         q_low, q_high = q_low[:, :, None], q_high[:, :, None]
         some &= (kv_low <= q_high) & (q_low <= kv_high)
@@ -154,6 +156,11 @@ def visible_pairs(problem: Problem, operands: Operands) -> int:
 def _edges(length: int, block: int) -> tuple[np.ndarray, np.ndarray]:
     first = np.arange(0, length, block, dtype=np.int32)
     return first, np.minimum(first + np.int32(block), np.int32(length)) - np.int32(1)
+
+
+def _one(x: Any, at: Any) -> Any:
+    """The element `at` of the last axis, which is kept; all of them if it is None."""
+    return x if at is None else lax.dynamic_index_in_dim(x, at, axis=-1)
 
 
 def _band_cover(lowest, highest, lower, upper):

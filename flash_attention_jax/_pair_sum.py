@@ -51,9 +51,9 @@ class BlockFunction(Protocol):
 
 
 class CoverFunction(Protocol):
-    """A hashable function of the masks and block sizes to a map of `Cover`."""
+    """A hashable function of the masks, block sizes and a row of tiles to its map of `Cover`."""
 
-    def __call__(self, masks: Sequence[Array], rows: int, cols: int) -> Array: ...
+    def __call__(self, masks: Sequence[Array], rows: int, cols: int, at: Array) -> Array: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +84,9 @@ class MapBlocks:
     problem: Problem
     present: tuple[str, ...]
 
-    def __call__(self, masks, rows, cols):
-        return block_map(self.problem, Masks(**dict(zip(self.present, masks, strict=True))), rows, cols)
+    def __call__(self, masks, rows, cols, at):
+        named = Masks(**dict(zip(self.present, masks, strict=True)))
+        return block_map(self.problem, named, rows, cols, at)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,9 +158,9 @@ class VmapCover:
     cover: CoverFunction
     mapped: tuple[bool, ...]
 
-    def __call__(self, masks, rows, cols):
+    def __call__(self, masks, rows, cols, at):
         axes = [0 if m else None for m in self.mapped]
-        covers = jax.vmap(lambda *masks: self.cover(masks, rows, cols), axes)(*masks)
+        covers = jax.vmap(lambda *masks: self.cover(masks, rows, cols, at), axes)(*masks)
         return join_covers(covers, axis=0)
 
 
@@ -176,7 +177,7 @@ def _run(platform: str, *operands: Array, spec: PairSum) -> list[Array]:
     grid = Grid.of(spec.problem, platform, one_batch=batched)
     cover = None
     if spec.cover is not None:
-        cover = spec.cover(operands[: spec.masks], grid.tile.t, grid.tile.s)
+        cover = functools.partial(spec.cover, operands[: spec.masks], grid.tile.t, grid.tile.s)
     in_rows = tuple({"s", "t"} & set(grid.axes(x.shape, x.labels).values()) == {"t"} for x in spec.results)
     acc = spec.problem.accumulator
 
@@ -245,6 +246,8 @@ def _transpose(cotangents, *operands, spec):
 def _batch(operands, dims, *, spec):
     mapped = tuple(d is not None for d in dims)
     size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
+    if size == 0:
+        return [jnp.zeros((0, *x.shape), x.dtype) for x in spec.results], [0] * len(spec.results)
     operands = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(operands, dims, strict=True)]
 
     def lead(x: Labelled) -> Labelled:

@@ -33,6 +33,8 @@ class Grid:
 
     Attributes:
         operand_dtype: dtype in which matrix units take their operands; sums are in `accumulator`.
+        group: query heads for each key/value head.
+        ever_whole: whether a tile of a masked problem may be known to be visible whole.
     """
 
     full: Sizes
@@ -41,7 +43,6 @@ class Grid:
     accumulator: str
     precision: str
     group: int
-    masked: bool
     ever_whole: bool
 
     @classmethod
@@ -58,7 +59,6 @@ class Grid:
             accumulator=problem.accumulator,
             precision=problem.precision,
             group=problem.G,
-            masked=problem.masked,
             ever_whole=problem.mask is None,
         )
 
@@ -171,7 +171,7 @@ class Tile:
 
 def sweep(
     grid: Grid,
-    cover: Array | None,
+    cover: Callable[[Array], Array] | None,
     operands: Sequence[tuple[Array, str]],
     buffers: Any,
     *,
@@ -182,7 +182,8 @@ def sweep(
     """Runs over the tiles, for each row of them over the visible columns.
 
     Args:
-        cover: int8 (1|B, tiles of t, tiles of s) of `Cover`, or None where every pair is visible.
+        cover: from the index of a row of tiles to int8 (1|B, 1, tiles of s) of `Cover`; None where
+            every pair is visible. A table of all rows would be quadratic, and XLA would fold it.
         operands: arrays and their labels.
         buffers: what the loops carry from beginning to end.
         start: the accumulators of a row of tiles.
@@ -193,7 +194,6 @@ def sweep(
         The buffers.
     """
     counts = grid.counts
-    order, whole, seen = _visits(grid, cover)
 
     def row(index, buffers):
         index, it = jnp.divmod(index, counts.t)
@@ -206,7 +206,7 @@ def sweep(
         ]
 
         def col(visit, carry, *, masked):
-            js = visit if order is None else _at(order, ib, it)[visit]
+            js = visit if cover is None else order[visit]
             tile = dataclasses.replace(here.along("s", js), masked=masked)
             blocks = [
                 tile.take(x, labels) if block is None else block
@@ -215,15 +215,15 @@ def sweep(
             return step(tile, blocks, *carry)
 
         carry = (start(here), buffers)
-        if order is None:
+        if cover is None:
             carry = _loop(0, counts.s, functools.partial(col, masked=False), carry)
         else:
+            order, whole, seen = _visits(grid, cover(it), ib)
             middle = 0
             if grid.ever_whole:
-                middle = _at(whole, ib, it)
+                middle = whole
                 carry = _loop(0, middle, functools.partial(col, masked=False), carry)
-            last = _at(seen, ib, it)
-            carry = _loop(middle, last, functools.partial(col, masked=True), carry)
+            carry = _loop(middle, seen, functools.partial(col, masked=True), carry)
         return finish(here, *carry)
 
     return _loop(0, counts.b * counts.k * counts.t, row, buffers)
@@ -234,23 +234,17 @@ def _loop(first, last, body, carry):
     return lax.fori_loop(first, last, lambda n, c: body(jnp.asarray(n, jnp.int32), c), carry)
 
 
-def _visits(grid: Grid, cover: Any):
-    """For each row of tiles the columns to visit, whole ones first, and how many of each kind."""
-    if cover is None:
-        return None, None, None
+def _visits(grid: Grid, cover: Array, ib: Array) -> tuple[Array, Array, Array]:
+    """The columns that a row of tiles visits, whole ones first, how many are whole and how many in all."""
     if cover.shape[0] > 1:
-        cover = cover.reshape(grid.counts.b, grid.tile.b, *cover.shape[1:])
-        cover = join_covers(cover, axis=1)
-    order = jnp.argsort(-cover, axis=-1, stable=True).astype(jnp.int32)
-    whole = jnp.sum(cover == Cover.ALL, axis=-1, dtype=jnp.int32)
-    return order, whole, jnp.sum(cover != Cover.NONE, axis=-1, dtype=jnp.int32)
+        cover = lax.dynamic_slice_in_dim(cover, ib * grid.tile.b, grid.tile.b)
+    line = join_covers(cover[:, 0], axis=0)
+    order = jnp.argsort(-line, stable=True).astype(jnp.int32)
+    whole = jnp.sum(line == Cover.ALL, dtype=jnp.int32)
+    return order, whole, jnp.sum(line != Cover.NONE, dtype=jnp.int32)
 
 
 def join_covers(cover: Array, axis: int) -> Array:
     """The cover of several problems computed together, each of which has its own."""
     least, most = cover.min(axis), cover.max(axis)
     return jnp.where(least == most, least, jnp.int8(Cover.PART))
-
-
-def _at(table: Array, ib: Array, it: Array) -> Array:
-    return table[ib if table.shape[0] > 1 else 0, it]

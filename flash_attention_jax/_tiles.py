@@ -92,7 +92,8 @@ def _even(length: int, most: int) -> int:
     blocks = -(-length // most)
     if length % blocks == 0:
         return length // blocks
-    return min(length, -(-length // blocks // 16) * 16)
+    unit = min(16, most)
+    return min(length, -(-length // blocks // unit) * unit)
 
 
 def _divisor(length: int, most: int) -> int:

@@ -300,3 +300,46 @@ def test_gradients_against_finite_differences():
         return value(*x, implementation="xla", **PROBLEMS["masked"])
 
     check_grads(f, ARGUMENTS, order=2, modes=("fwd", "rev"), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_dead_rows_are_zero_whatever_they_hold(implementation):
+    """A query that sees nothing, and the cotangents of its outputs, may hold NaN."""
+    mask = np.ones((21, 29), bool)
+    mask[4] = False
+    q = Q.copy()
+    q[..., 4, :] = np.nan
+    f = functools.partial(flash_attention, mask=mask, implementation=implementation)
+    (out, lse), pull = jax.vjp(lambda *x: tuple(f(*x)), q, K, V)
+    cotangents = [RNG.standard_normal(x.shape) for x in (out, lse)]
+    clean = pull(tuple(jnp.asarray(c) for c in cotangents))
+    for c, axis in zip(cotangents, (-2, -1), strict=True):
+        np.moveaxis(c, axis, 0)[4] = np.nan
+    for x, y in zip(pull(tuple(jnp.asarray(c) for c in cotangents)), clean, strict=True):
+        assert np.isfinite(x).all()
+        np.testing.assert_array_equal(x, y)
+    assert not clean[0][..., 4, :].any()
+    out, dout = jax.jvp(lambda *x: f(*x).out, (q, K, V), DIRECTIONS[:3])
+    assert np.isfinite(dout).all()
+    assert not dout[..., 4, :].any()
+
+
+def test_vmap_over_nothing():
+    empty = jnp.zeros((0, *Q.shape))
+    f = functools.partial(flash_attention, causal=True)
+    assert jax.vmap(lambda q: f(q, K, V).out)(empty).shape == (0, 2, 4, 21, 5)
+    gradient = jax.grad(lambda q, k: jnp.sum(f(q, k, V).out ** 2), (0, 1))
+    dq, dk = jax.vmap(gradient, in_axes=(0, None))(empty, K)
+    assert dq.shape == empty.shape
+    assert dk.shape == (0, *K.shape)
+    second = jax.vmap(lambda q: jax.jvp(lambda q: gradient(q, K), (q,), (q,))[1])(empty)
+    assert second[0].shape == empty.shape
+
+
+def test_a_value_that_is_not_finite_stays_where_plain_attention_has_it():
+    """Ragged tiles see some keys twice; without masks nothing else may touch them."""
+    v = V.copy()
+    v[..., 22, 1] = np.inf
+    ours, truth = flash_attention(Q, K, v).out, attention(Q, K, v)
+    np.testing.assert_array_equal(np.isfinite(ours), np.isfinite(truth))
+    assert np.isinf(ours[..., 1]).all()

@@ -85,6 +85,9 @@ def test_block_map_equals_nested_loops(name, block):
     rows, cols = block
     cover = np.asarray(_mask.block_map(problem, Masks.of(problem, operands), rows, cols))
     assert cover.shape[1:] == (-(-T // rows), -(-S // cols))
+    for at in range(cover.shape[1]):
+        one = _mask.block_map(problem, Masks.of(problem, operands), rows, cols, jnp.int32(at))
+        assert np.array_equal(one[:, 0], cover[:, at])
     truth = every_pair(PROBLEMS[name])
     exact = name not in ("mask", "unsorted", "segments")
     for b, i, j in np.ndindex(B, *cover.shape[1:]):

@@ -161,3 +161,15 @@ def test_blocks_that_masks_rule_out_are_never_computed():
     assert best["segments"] < 0.35, best
     assert best["key mask"] < 0.35, best
     assert best["offset"] < 0.25, best
+
+
+def test_narrow_windows_at_great_length_compile_at_once():
+    """A map of all blocks would be folded at compile time, and kept."""
+    import time
+
+    x = jax.ShapeDtypeStruct((262144, 64), jnp.float32)
+    lowered = jax.jit(out_of(window=(64, 0))).lower(x, x, x)
+    start = time.perf_counter()
+    compiled = lowered.compile()
+    assert time.perf_counter() - start < 10
+    assert compiled.memory_analysis().temp_size_in_bytes < 16 * MIB

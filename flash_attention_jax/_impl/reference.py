@@ -26,9 +26,14 @@ def dense(problem: Problem, operands: Operands) -> tuple[Array, Array]:
     if p.order == "BTND":
         q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     q = q.reshape(p.B, p.K, p.G, p.T, p.D)
-    poison = None
+    seen: Any = None
+    poison: Any = None
     if p.masked:
-        # A hidden key may hold anything; a key that is not finite poisons the queries that see it.
+        rows, cols = (jnp.arange(n, dtype=jnp.int32) for n in (p.T, p.S))
+        seen = visible(p, Masks.of(p, operands), rows, cols)
+        # A query that sees nothing and a hidden key may hold anything; a visible key that is not
+        # finite poisons the queries that see it.
+        q = jnp.where(seen.any(-1)[..., None], q, 0)
         good_k, good_v = jnp.isfinite(k), jnp.isfinite(v)
         poison = jnp.where(good_k.all(-1) & good_v.all(-1), 0, jnp.nan).astype(acc)
         k, v = jnp.where(good_k, k, 0), jnp.where(good_v, v, 0)
@@ -37,9 +42,7 @@ def dense(problem: Problem, operands: Operands) -> tuple[Array, Array]:
         x = p.softcap * jnp.tanh(x / p.softcap)
     if operands.bias is not None:
         x = x + grouped(p, operands.bias).astype(acc)
-    if poison is not None:
-        rows, cols = (jnp.arange(n, dtype=jnp.int32) for n in (p.T, p.S))
-        seen = visible(p, Masks.of(p, operands), rows, cols)
+    if p.masked:
         x = jnp.where(seen, x + poison[:, :, None, None, :], -jnp.inf)
     top = jax.lax.stop_gradient(x.max(-1, keepdims=True))
     top = jnp.where(top == -jnp.inf, 0, top)
@@ -48,6 +51,7 @@ def dense(problem: Problem, operands: Operands) -> tuple[Array, Array]:
     dead = norm == 0
     norm = jnp.where(dead, 1, norm)
     out = jnp.einsum("bkgts,bksd->bkgtd", weights / norm, v, precision=p.precision)
+    out = jnp.where(dead, 0, out)
     lse = jnp.where(dead, -jnp.inf, top + jnp.log(norm))
     out = out.reshape(p.B, p.N, p.T, p.Dv).astype(p.dtype)
     return out if p.order == "BNTD" else out.swapaxes(1, 2), lse.reshape(p.B, p.N, p.T)

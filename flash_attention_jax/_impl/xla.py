@@ -6,6 +6,8 @@ tiles is `_sweep`, the derivatives are the pair sums of `_formulas`.
 
 from __future__ import annotations
 
+import functools
+
 import jax.numpy as jnp
 
 from flash_attention_jax import _formulas
@@ -18,11 +20,11 @@ from flash_attention_jax._sweep import Grid, sweep
 def forward(problem: Problem, operands: Operands, device: Device):
     """Attention by online softmax (arXiv 1805.02867) over blocks of keys."""
     p = problem
-    arrays = _formulas.blocked(p, operands)
+    arrays = _formulas.blocked(operands)
     masks = Masks.of(p, operands)
     per_batch = any(m is not None and m.shape[0] > 1 for m in masks)
     grid = Grid.of(p, device.platform, one_batch=per_batch)
-    cover = block_map(p, masks, grid.tile.t, grid.tile.s) if p.masked else None
+    cover = functools.partial(block_map, p, masks, grid.tile.t, grid.tile.s) if p.masked else None
     out_shape = (*operands.q.shape[:-1], p.Dv)
     acc = p.accumulator
 
@@ -34,7 +36,7 @@ def forward(problem: Problem, operands: Operands, device: Device):
     def step(tile, blocks, carry, buffers):
         top, norm, sums = carry
         blocks = _formulas.grouped_blocks(p, tuple(arrays), blocks)
-        k, v, poison = _formulas.sanitized(p, blocks)
+        k, v, poison = _formulas.sanitized(p, tile, blocks)
         x = _formulas.logits(p, tile, blocks, k, poison)
         new_top = jnp.maximum(top, x.max(-1))
         # Where nothing was seen yet the maximum is -inf, and -inf - -inf would be NaN.
