@@ -93,11 +93,11 @@ def flash_attention(
         window: (left, right): key j is visible when -left <= j - position(i) <= right. An int w
             means (w, w), None on a side is unbounded.
         q_offset: position of the first query among the keys, an int or an int32 array that
-            broadcasts to the batch. Defaults to S - T: the last query stands at the last key.
-            Only with `causal` or `window`.
-        scale: of the logits, a number or a scalar array, which may be traced and differentiated.
-            Defaults to D ** -0.5.
-        softcap: c > 0 makes softcap(x) = c * tanh(x / c); None is the identity.
+            broadcasts to the batch, of a magnitude below 2**30. Defaults to S - T: the last query
+            stands at the last key. Only with `causal` or `window`.
+        scale: of the logits, a number or a scalar array, which may be traced and differentiated
+            and is multiplied into q, rounded to its dtype. Defaults to D ** -0.5.
+        softcap: c from 1e-30 to 1e30 makes softcap(x) = c * tanh(x / c); None is the identity.
         precision: of float32 matrix products: "highest" (also None) is true float32 on every
             device, "high" and "default" let a backend use faster approximate modes (TF32, say).
         implementation: a name from `explain`, or None for the best that takes the problem, chosen
