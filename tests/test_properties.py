@@ -45,14 +45,18 @@ def cases(draw):
     if draw(st.booleans()):
         options["softcap"] = draw(st.floats(0.5, 30))
     fields["poison"] = draw(st.booleans()) and ("key_mask" in fields or causal)
+    name = f"drawn-{draw(st.integers(0, 2**32))}"
+    dtype = draw(st.sampled_from(("float16", "bfloat16", "float32", "float64")))
+    # The oracle has no digits to spare for a sum over everything in float64.
+    traced_scale = draw(st.booleans()) and dtype != "float64"
     return Case(
-        name=f"drawn-{draw(st.integers(0, 2**32))}",
+        name=name,
         q=(*batch, K * G, T, D),
         k=(*batch, K, S, D),
         v=(*batch, K, S, Dv),
-        dtype=draw(st.sampled_from(("float16", "bfloat16", "float32", "float64"))),
+        dtype=dtype,
         options=tuple(sorted(options.items())),
-        traced_scale=draw(st.booleans()),
+        traced_scale=traced_scale,
         **fields,
     )
 
