@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from flash_attention_jax._arguments import fail, normalize
 from flash_attention_jax._attend import Call, attend
 from flash_attention_jax._dispatch import IMPLEMENTATIONS
+from flash_attention_jax._explicit import Placement, divided, placement
 from flash_attention_jax._impl.reference import dense
 from flash_attention_jax._problem import Operands, Problem, arrange
 
@@ -77,6 +78,13 @@ def flash_attention(
     as `out`. Algorithms: FlashAttention-2 (arXiv 2307.08691, algorithms 1 and 2), online softmax
     (arXiv 1805.02867).
 
+    Under `jit` with q, k and v divided over batch, heads or both by `NamedSharding`, on meshes with
+    automatic or explicit axes, each device computes its own part and nothing is gathered. Key/value
+    heads are divided with the query heads; one alone is shared, and a count that the devices do not
+    divide makes each device compute all heads. A divided sequence is right, but every device then
+    gathers the whole of q, k and v and repeats the work of the others. Inside `jax.shard_map` a
+    call is local.
+
     Args:
         q: queries (*batch, [N,] T, D), float16, bfloat16, float32 or float64. With two axes there
             are no heads and no batch.
@@ -114,17 +122,16 @@ def flash_attention(
     Example:
         >>> out, lse = flash_attention(q, k, v, causal=True)
     """
-    _check_implementation(implementation)
-    problem, operands, scale = normalize(
+    return flash(
         Operands(q, k, v, bias, mask, key_mask, q_offset=q_offset),
         segment_ids,
+        implementation=implementation,
         causal=causal,
         window=window,
         scale=scale,
         softcap=softcap,
         precision=precision,
     )
-    return AttentionOutput(*_flash(Call(problem, implementation), operands, scale))
 
 
 def attention(
@@ -158,7 +165,7 @@ def attention(
     Example:
         >>> out = attention(q, k, v, causal=True)
     """
-    return plain_attention(
+    return attention_and_lse(
         q,
         k,
         v,
@@ -175,7 +182,15 @@ def attention(
     ).out
 
 
-def plain_attention(q, k, v, key_mask=None, *, bias=None, mask=None, q_offset=None, **options):
+def flash(operands: Operands, segment_ids: Any = None, *, implementation: Any = None, **options: Any):
+    """What every form of `flash_attention` comes down to; options are those of `normalize`."""
+    _check_implementation(implementation)
+    problem, operands, scale = normalize(operands, segment_ids, **options)
+    where = placement(problem, operands)
+    return AttentionOutput(*_flash(Call(problem, implementation), operands, scale, where))
+
+
+def attention_and_lse(q, k, v, key_mask=None, *, bias=None, mask=None, q_offset=None, **options):
     """`attention` with its lse, as an `AttentionOutput`: what the oracle differentiates."""
     operands = Operands(q, k, v, bias, mask, key_mask, q_offset=q_offset)
     problem, operands, scale = normalize(operands, options.pop("segment_ids", None), **options)
@@ -190,9 +205,15 @@ def _check_implementation(implementation: Any) -> None:
     fail("implementation", must, repr(implementation), error)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _flash(call: Call, operands: Operands, scale: Any) -> tuple[Array, Array]:
-    return _between_shapes(functools.partial(attend, call), call.problem, operands, scale)
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _flash(call: Call, operands: Operands, scale: Any, where: Placement | None = None) -> tuple[Array, Array]:
+    def of_part(problem, operands, scale):
+        local = Call(problem, call.implementation)
+        return _between_shapes(functools.partial(attend, local), problem, operands, scale)
+
+    if where is None:
+        return of_part(call.problem, operands, scale)
+    return divided(of_part, where, call.problem, operands, scale)
 
 
 @functools.partial(jax.jit, static_argnums=0)

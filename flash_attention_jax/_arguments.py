@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Any, NoReturn
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -22,7 +24,7 @@ _DTYPES: dict[str, tuple[str, tuple[str, ...]]] = {
     "scale": ("a real number or a scalar array of a floating dtype", FLOATS),
     "mask": ("of dtype bool", ("bool",)),
     "key_mask": ("bool or 0/1", ("bool", *_INTEGERS, *FLOATS)),
-    "segment_ids": ("of an integer dtype", _INTEGERS),
+    **dict.fromkeys(("segment_ids", "lengths"), ("of an integer dtype", _INTEGERS)),
     "q_offset": ("an int or an array of dtype int32", _INTEGERS),
 }
 # Positions are int32, so that their differences must be.
@@ -49,6 +51,7 @@ def normalize(
     precision: Any = None,
     order: Order = "BNTD",
     abstract: bool = False,
+    names: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[Problem, Operands, Any]:
     """Checks a call and describes it.
 
@@ -57,6 +60,7 @@ def normalize(
         segment_ids: None, one array or a pair.
         order: memory order of q, k and v.
         abstract: whether `jax.ShapeDtypeStruct`s stand for arrays.
+        names: what the caller calls q, k, v, causal and window, where it is not that.
 
     Returns:
         The problem, the raw arrays, and the scale when it is an array (else None).
@@ -67,18 +71,19 @@ def normalize(
     """
     ops = operands._replace(
         **{
-            name: _array(name, x, abstract)
+            name: checked(name, x, abstract, shown=names.get(name))
             for name, x in operands._asdict().items()
             if (x is not None or name in ("q", "k", "v")) and name != "q_offset"
         }
     )
-    sizes, batch = _sizes(ops, order)
-    for name, x in (("k", ops.k), ("v", ops.v)):
+    shown = _Names(*(names.get(name, name) for name in _Names._fields))
+    sizes, batch = _sizes(ops, order, shown)
+    for name, x in ((shown.k, ops.k), (shown.v, ops.v)):
         if x.dtype != ops.q.dtype:
-            fail(name, f"of q's dtype {ops.q.dtype}", x.dtype, TypeError)
+            fail(name, f"of {shown.q}'s dtype {ops.q.dtype}", x.dtype, TypeError)
     if not isinstance(causal, bool | np.bool_):
-        fail("causal", "True or False", repr(causal), TypeError)
-    left, right = _window(window)
+        fail(shown.causal, "True or False", repr(causal), TypeError)
+    left, right = _window(window, shown.window)
     if causal:
         right = 0 if right is None else min(right, 0)
     segments, ops = _segments(segment_ids, ops, sizes, batch, abstract)
@@ -108,8 +113,23 @@ def normalize(
     return problem, ops, array_scale
 
 
-def _array(name: str, x: Any, abstract: bool, what: str = _ARRAY) -> Any:
-    """Checks type and dtype, and that a concrete array keeps its values on the way into JAX."""
+class _Names(NamedTuple):
+    """What the caller calls its arguments."""
+
+    q: str
+    k: str
+    v: str
+    causal: str
+    window: str
+
+
+def checked(role: str, x: Any, abstract: bool = False, what: str = _ARRAY, shown: str | None = None) -> Any:
+    """Checks type and dtype, and that a concrete array keeps its values on the way into JAX.
+
+    Args:
+        role: which argument it is; errors call it `shown`, if given.
+    """
+    (must, dtypes), name = _DTYPES[role], shown or role
     if not isinstance(x, jax.Array | jax.ShapeDtypeStruct) and hasattr(x, "__jax_array__"):
         x = x.__jax_array__()
     kinds = jax.Array | np.ndarray | np.generic
@@ -117,11 +137,10 @@ def _array(name: str, x: Any, abstract: bool, what: str = _ARRAY) -> Any:
         kind = type(x)
         full = f"{kind.__module__}.{kind.__qualname__}"
         fail(name, what, full if what == _ARRAY else kind.__name__, TypeError)
-    must, dtypes = _DTYPES[name]
     if str(x.dtype) not in dtypes:
         fail(name, must, x.dtype, TypeError)
     numpy = isinstance(x, np.ndarray | np.generic)
-    if name == "key_mask":
+    if role == "key_mask":
         return np.not_equal(x, 0) if numpy else x
     if x.dtype == np.float64 and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
         fail(name, "float32 or smaller unless jax_enable_x64 is on", "float64", TypeError)
@@ -129,22 +148,22 @@ def _array(name: str, x: Any, abstract: bool, what: str = _ARRAY) -> Any:
         low, high = int(np.min(x)), int(np.max(x))
         if not _INT32.min <= low <= high <= _INT32.max:
             fail(name, "within the range of int32", f"values from {low} to {high}")
-        if name == "q_offset" and not -_FARTHEST < low <= high < _FARTHEST:
+        if role == "q_offset" and not -_FARTHEST < low <= high < _FARTHEST:
             fail(name, "of a magnitude below 2**30", f"values from {low} to {high}")
     return x
 
 
-def _sizes(ops: Operands, order: Order) -> tuple[dict[str, int], tuple[int, ...]]:
+def _sizes(ops: Operands, order: Order, names: _Names) -> tuple[dict[str, int], tuple[int, ...]]:
     least = 2 if order == "BNTD" else 3
     layout = "(*batch, [N,] T, D)" if order == "BNTD" else "(*batch, T, N, D)"
     q, k, v = ops.q, ops.k, ops.v
     if q.ndim < least:
-        fail("q", f"an array of shape {layout}", f"shape {q.shape}")
-    for name, x in (("k", k), ("v", v)):
+        fail(names.q, f"an array of shape {layout}", f"shape {q.shape}")
+    for name, x in ((names.k, k), (names.v, v)):
         if x.ndim != q.ndim:
-            fail(name, f"an array with as many axes as q ({q.ndim})", f"shape {x.shape}")
+            fail(name, f"an array with as many axes as {names.q} ({q.ndim})", f"shape {x.shape}")
         if x.shape[:-3] != q.shape[:-3]:
-            fail(name, f"of q's batch shape {q.shape[:-3]}", f"shape {x.shape}")
+            fail(name, f"of {names.q}'s batch shape {q.shape[:-3]}", f"shape {x.shape}")
 
     def heads_and_length(x):
         if x.ndim == 2:
@@ -153,12 +172,12 @@ def _sizes(ops: Operands, order: Order) -> tuple[dict[str, int], tuple[int, ...]
 
     (N, T), (K, S) = heads_and_length(q), heads_and_length(k)
     if k.shape[-1] != q.shape[-1]:
-        fail("k", f"of q's head dim D = {q.shape[-1]}", f"shape {k.shape}")
+        fail(names.k, f"of {names.q}'s head dim D = {q.shape[-1]}", f"shape {k.shape}")
     if heads_and_length(v) != (K, S):
-        fail("v", f"of k's heads and length (K, S) = {(K, S)}", f"shape {v.shape}")
+        fail(names.v, f"of {names.k}'s heads and length (K, S) = {(K, S)}", f"shape {v.shape}")
     if (K == 0 and N) or (K and N % K):
-        fail("k", f"of a head count K that divides q's N = {N}", f"K = {K}")
-    for name, x in (("q", q), ("v", v)):
+        fail(names.k, f"of a head count K that divides {names.q}'s N = {N}", f"K = {K}")
+    for name, x in ((names.q, q), (names.v, v)):
         if x.shape[-1] == 0:
             fail(name, "of a head dim of at least 1", f"shape {x.shape}")
     batch = q.shape[:-3]
@@ -213,7 +232,7 @@ def _segments(segment_ids, ops: Operands, sizes, batch, abstract):
         lengths = f"T = {sizes['T']} and S = {sizes['S']}"
         fail("segment_ids", "a pair (of queries, of keys) where T and S differ", f"one array, {lengths}")
     given = segment_ids if pair else (segment_ids, segment_ids)
-    of_q, of_kv = (_array("segment_ids", x, abstract) for x in given)
+    of_q, of_kv = (checked("segment_ids", x, abstract) for x in given)
     shapes = (
         _segment_shape("T", of_q, batch, sizes["T"]),
         _segment_shape("S", of_kv, batch, sizes["S"]),
@@ -225,17 +244,17 @@ def _is_int(x: Any) -> bool:
     return isinstance(x, numbers.Integral) and not isinstance(x, bool | np.bool_)
 
 
-def _window(window: Any) -> tuple[int | None, int | None]:
+def _window(window: Any, name: str) -> tuple[int | None, int | None]:
     if window is None:
         return None, None
     sides = (window, window) if _is_int(window) else window
     what = "None, an int, or a pair (left, right) of ints or None, each at least 0"
     if not isinstance(sides, tuple | list):
-        fail("window", what, repr(window), TypeError)
+        fail(name, what, repr(window), TypeError)
     if any(side is not None and not _is_int(side) for side in sides):
-        fail("window", what, repr(window), TypeError)
+        fail(name, what, repr(window), TypeError)
     if len(sides) != 2 or any(side is not None and side < 0 for side in sides):
-        fail("window", what, repr(window))
+        fail(name, what, repr(window))
     left, right = (None if w is None or w >= _UNBOUNDED else int(w) for w in sides)
     return left, right
 
@@ -252,7 +271,7 @@ def _offset(ops: Operands, sizes, batch, used: bool, abstract: bool):
         if not -_FARTHEST < x < _FARTHEST:
             fail("q_offset", "of a magnitude below 2**30", x)
         return int(x), None, ops._replace(q_offset=None)
-    x = _array("q_offset", x, abstract, "an int or an array of dtype int32")
+    x = checked("q_offset", x, abstract, "an int or an array of dtype int32")
     if not _broadcasts(x.shape, batch):
         fail("q_offset", f"broadcastable to the batch shape {batch}", f"shape {x.shape}")
     return None, (_lead(x.shape, batch),), ops._replace(q_offset=x)
@@ -275,7 +294,7 @@ def _scale(scale: Any, head_dim: int, abstract: bool) -> tuple[float, Any]:
         scale = scale.item()
     if isinstance(scale, numbers.Real) and not isinstance(scale, bool):
         return _finite("scale", "finite", scale), None
-    scale = _array("scale", scale, abstract, "a real number or a scalar array")
+    scale = checked("scale", scale, abstract, "a real number or a scalar array")
     if scale.ndim:
         fail("scale", "a real number or a scalar array", f"shape {scale.shape}")
     return 1.0, scale

@@ -14,15 +14,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import ShapedArray
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching
 
 from flash_attention_jax import _formulas
 from flash_attention_jax._dispatch import choose, device_of
 from flash_attention_jax._formulas import DIFFERENTIABLE
-from flash_attention_jax._pair_sum import PLATFORMS
+from flash_attention_jax._partition import Description, Labelled, Partitionable, register_lowering, unmarked
 from flash_attention_jax._problem import Operands, Problem
+from flash_attention_jax._varying import abstract, alike, struct
 
 Array = Any
 
@@ -40,7 +39,7 @@ def attend(call: Call, operands: Operands) -> tuple[Array, Array]:
 
     No axis of the problem may be empty.
     """
-    out, lse = attend_p.bind(*operands.present(), call=call)
+    out, lse = attend_p.bind(*alike(operands.present()), call=call)
     return out, lse
 
 
@@ -54,11 +53,11 @@ def _split(call: Call, arrays: Sequence[Any], extra: int) -> tuple[Operands, Seq
     return Operands.given(call.problem, arrays[:count]), arrays[count:]
 
 
-def _out_avals(call: Call) -> list[Any]:
+def _out_avals(call: Call, arrays: Sequence[Any]) -> list[Any]:
     p = call.problem
     rows = (p.N, p.T) if p.order == "BNTD" else (p.T, p.N)
-    out = ShapedArray((p.B, *rows, p.Dv), jnp.dtype(p.dtype))
-    return [out, ShapedArray((p.B, p.N, p.T), jnp.dtype(p.accumulator))]
+    out = abstract((p.B, *rows, p.Dv), p.dtype, arrays)
+    return [out, abstract((p.B, p.N, p.T), p.accumulator, arrays)]
 
 
 def _attend_run(platform, *arrays, call):
@@ -86,17 +85,16 @@ def _attend_jvp(primals, tangents, *, call):
     out, lse = attend(call, operands)
     wrt = tuple(n for n in DIFFERENTIABLE if not isinstance(getattr(moved, n), ad.Zero | None))
     given = [getattr(moved, name) for name in wrt]
-    return [out, lse], tangent_p.bind(*primals, out, lse, *given, call=call, wrt=wrt)
+    primals = [*alike(primals), out, lse]
+    return [out, lse], tangent_p.bind(*alike([*primals, *given]), call=call, wrt=wrt)
 
 
 def _tangent_transpose(cotangents, *arrays, call, wrt):
     operands, (out, lse, *_) = _split(call, arrays, 2 + len(wrt))
-    dout, dlse = (
-        jnp.zeros(aval.shape, aval.dtype) if isinstance(c, ad.Zero) else c
-        for c, aval in zip(cotangents, _out_avals(call), strict=True)
-    )
+    dout, dlse = (ad.instantiate_zeros(c) for c in cotangents)
     delta = _formulas.delta_of(call.problem, out, dout, dlse)
-    gradients = backward_p.bind(*operands.present(), lse, dout, delta, call=call, wrt=wrt)
+    given = alike([*operands.present(), lse, dout, delta])
+    gradients = backward_p.bind(*given, call=call, wrt=wrt)
     return [None] * (len(arrays) - len(wrt)) + list(gradients)
 
 
@@ -110,7 +108,7 @@ def _derivative_jvp(primitive, formula, linear_count, primals, tangents, *, call
     first_linear = len(primals) - linear_count(wrt)
     if all(i >= first_linear for i in moved):
         linear = [ad.instantiate_zeros(t) for t in tangents[first_linear:]]
-        tangents_out = primitive.bind(*primals[:first_linear], *linear, call=call, wrt=wrt)
+        tangents_out = primitive.bind(*alike([*primals[:first_linear], *linear]), call=call, wrt=wrt)
         return primals_out, tangents_out
 
     def of_moved(*values):
@@ -137,7 +135,8 @@ def _backward_formula(call, wrt, arrays):
 def _backward_transpose(cotangents, *arrays, call, wrt):
     """Of `backward` in dout and delta, which is linear in both."""
     linear = [i for i, x in enumerate(arrays) if ad.is_undefined_primal(x)]
-    structs = [jax.ShapeDtypeStruct(arrays[i].aval.shape, arrays[i].aval.dtype) for i in linear]
+    avals = [arrays[i].aval for i in linear]
+    structs = [struct(x.shape, x.dtype, [x]) for x in avals]
 
     def of_linear(*values):
         full = list(arrays)
@@ -201,7 +200,7 @@ def _batch(primitive, extra_names, arrays, dims, *, call, wrt=()):
     p = call.problem
     names = _operand_names(p) + extra_names(wrt)
     if any(d is not None and x.shape[d] == 0 for x, d in zip(arrays, dims, strict=True)):
-        avals = _avals_like(call, wrt, arrays, dims) if primitive is backward_p else _out_avals(call)
+        avals = _avals_like(call, wrt, arrays, dims) if primitive is backward_p else _out_avals(call, arrays)
         return [jnp.zeros((0, *x.shape), x.dtype) for x in avals], [0] * len(avals)
     if primitive is backward_p and "bias" in wrt:
         # A gradient for each element of the new axis: the bias must have that axis.
@@ -226,14 +225,26 @@ def _avals_like(call, wrt, arrays, dims=None):
         shape = list(arrays[i].shape)
         if dims is not None and dims[i] is not None:
             del shape[dims[i]]
-        avals.append(ShapedArray(tuple(shape), arrays[i].dtype))
+        avals.append(abstract(shape, arrays[i].dtype, arrays))
     return avals
 
 
-def _define(name, run, abstract, jvp, transpose, extra_names) -> Primitive:
-    primitive = Primitive(name)
-    primitive.multiple_results = True
-    primitive.def_abstract_eval(abstract)
+def _describe(extra_names, results, arrays, *, call, wrt=()):
+    """What a primitive is to the partitioner: the labels of its operands and results."""
+    p = call.problem
+
+    def labelled(name, x):
+        return Labelled(tuple(x.shape), str(x.dtype), _formulas.labels(p, name))
+
+    operands = [labelled(*x) for x in zip(_operand_names(p) + extra_names(wrt), arrays, strict=True)]
+    avals = _avals_like(call, wrt, arrays) if results is None else _out_avals(call, arrays)
+    names = wrt if results is None else results
+    return Description(p, tuple(operands), tuple(labelled(*x) for x in zip(names, avals, strict=True)))
+
+
+def _define(name, run, abstract, jvp, transpose, extra_names) -> Partitionable:
+    primitive = Partitionable(name)
+    primitive.def_abstract_eval(unmarked(abstract))
 
     @functools.lru_cache(maxsize=256)
     def jitted(**params):
@@ -244,21 +255,20 @@ def _define(name, run, abstract, jvp, transpose, extra_names) -> Primitive:
         with jax.disable_jit(False):
             return jitted(**params)(*arrays)
 
-    primitive.def_impl(evaluate)
-    ad.primitive_jvps[primitive] = jvp
+    primitive.def_impl(unmarked(evaluate))
+    ad.primitive_jvps[primitive] = unmarked(jvp)
     if transpose is not None:
-        ad.primitive_transposes[primitive] = transpose
-    batching.primitive_batchers[primitive] = functools.partial(_batch, primitive, extra_names)
-    for platform in (None, *PLATFORMS):
-        rule = mlir.lower_fun(functools.partial(run, platform or "other"), multiple_results=True)
-        mlir.register_lowering(primitive, rule, platform=platform)
+        ad.primitive_transposes[primitive] = unmarked(transpose)
+    batching.primitive_batchers[primitive] = unmarked(functools.partial(_batch, primitive, extra_names))
+    results = None if transpose is _backward_transpose else ("out", "lse")
+    register_lowering(primitive, run, functools.partial(_describe, extra_names, results))
     return primitive
 
 
 attend_p = _define(
     "attention",
     _attend_run,
-    lambda *arrays, call: _out_avals(call),
+    lambda *arrays, call: _out_avals(call, arrays),
     _attend_jvp,
     None,
     lambda wrt: [],
@@ -266,7 +276,7 @@ attend_p = _define(
 tangent_p = _define(
     "attention_tangent",
     _tangent_run,
-    lambda *arrays, call, wrt: _out_avals(call),
+    lambda *arrays, call, wrt: _out_avals(call, arrays),
     lambda primals, tangents, **params: _derivative_jvp(
         tangent_p, _tangent_formula, len, primals, tangents, **params
     ),

@@ -10,7 +10,7 @@ import jax
 from flash_attention_jax._arguments import fail, normalize
 from flash_attention_jax._dispatch import IMPLEMENTATIONS, choose, device_of
 from flash_attention_jax._impl.base import Device
-from flash_attention_jax._pair_sum import PLATFORMS
+from flash_attention_jax._partition import PLATFORMS
 from flash_attention_jax._problem import Operands, Problem
 
 

@@ -17,28 +17,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-from jax.core import ShapedArray
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching
 
 from flash_attention_jax._mask import Masks, block_map
+from flash_attention_jax._partition import Description, Labelled, Partitionable, register_lowering, unmarked
 from flash_attention_jax._problem import Problem
 from flash_attention_jax._sweep import Grid, Tile, join_covers, sweep
+from flash_attention_jax._varying import abstract, alike, struct
 
 Array = Any
-PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-
-
-class Labelled(NamedTuple):
-    """Shape, dtype and axis labels (see `_sweep`) of an operand or a result."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    labels: str
 
 
 class BlockFunction(Protocol):
@@ -129,7 +120,7 @@ class Transpose:
             return tuple(parts[i] for i in self.given)
 
         structs = [
-            jax.ShapeDtypeStruct(tile.grid.block_shape(x.shape, x.labels), x.dtype)
+            struct(tile.grid.block_shape(x.shape, x.labels), x.dtype, blocks)
             for x in (self.operands[i] for i in self.linear)
         ]
         parts = jax.eval_shape(of_linear, *structs)
@@ -166,7 +157,7 @@ class VmapCover:
 
 def pair_sum(spec: PairSum, operands: Sequence[Array]) -> list[Array]:
     """Sums `spec.function` over all pairs of blocks."""
-    return pair_sum_p.bind(*operands, spec=spec)
+    return pair_sum_p.bind(*alike(operands), spec=spec)
 
 
 def _run(platform: str, *operands: Array, spec: PairSum) -> list[Array]:
@@ -267,7 +258,11 @@ def _batch(operands, dims, *, spec):
 
 
 def _abstract(*operands, spec):
-    return [ShapedArray(x.shape, jnp.dtype(x.dtype)) for x in spec.results]
+    return [abstract(x.shape, x.dtype, operands) for x in spec.results]
+
+
+def _describe(operands, *, spec):
+    return Description(spec.problem, spec.operands, spec.results)
 
 
 def _evaluate(*operands, spec):
@@ -281,17 +276,10 @@ def _jitted(spec: PairSum):
     return jax.jit(lambda *operands: pair_sum(spec, operands))
 
 
-pair_sum_p = Primitive("attention_pair_sum")
-pair_sum_p.multiple_results = True
-pair_sum_p.def_impl(_evaluate)
-pair_sum_p.def_abstract_eval(_abstract)
-ad.primitive_jvps[pair_sum_p] = _jvp
-ad.primitive_transposes[pair_sum_p] = _transpose
-batching.primitive_batchers[pair_sum_p] = _batch
-mlir.register_lowering(pair_sum_p, mlir.lower_fun(functools.partial(_run, "other"), multiple_results=True))
-for _platform in PLATFORMS:
-    mlir.register_lowering(
-        pair_sum_p,
-        mlir.lower_fun(functools.partial(_run, _platform), multiple_results=True),
-        platform=_platform,
-    )
+pair_sum_p = Partitionable("attention_pair_sum")
+pair_sum_p.def_impl(unmarked(_evaluate))
+pair_sum_p.def_abstract_eval(unmarked(_abstract))
+ad.primitive_jvps[pair_sum_p] = unmarked(_jvp)
+ad.primitive_transposes[pair_sum_p] = unmarked(_transpose)
+batching.primitive_batchers[pair_sum_p] = unmarked(_batch)
+register_lowering(pair_sum_p, _run, _describe)

@@ -34,17 +34,19 @@ class Target(NamedTuple):
     alone: int
 
 
-# CPU: 2 Zen 4 cores, JAX 0.12.0, float32, T = 4096, GFLOP/s of forward / forward and backward for
-# (log2(pairs), rows, cols):
-#                    (20, 1024, 512)  (20, 512, 512)  (18, 512, 512)  (18, 256, 512)
-#   1 head of 512:       132/140          133/123         164/145         123/119
-#   2 heads of 128:       65/56            71/52           70/61           65/60
-#   4 heads of 64:        50/42            58/44           60/48           55/43
-# so 2**18 pairs, whose 1 MiB of logits stays in the second cache level. A head that fits in one tile
-# of 2**20 needs no loop, and its gradient takes the logits from the forward: 1 head of 64, 128, 512
-# at T = 1024, over plain attention, 1.09, 1.10, 1.01 forward and 2.6, 1.8, 1.2 with the gradient
-# (JAX 0.10.2), where tiles of 2**18 give 0.84, 0.94, 1.00 and 1.1, 1.0, 0.9.
-_CPU = Target(pairs=2**18, rows=512, cols=512, least=128, alone=2**20)
+# CPU: 2 Zen 4 cores, float32, GFLOP/s of forward / forward and backward for (log2(pairs), rows, cols):
+#                             (18, 512, 512)  (19, 1024, 512)  (20, 1024, 1024)  (20, 2048, 512)
+#   8 x 64, T = 4096, 0.10.2:      117/106          150/153          159/158           162/157
+#     0.12.0:                      134/145          147/160          157/161           158/156
+#     causal, 0.10.2:              112/111          114/114          122/111
+#     causal, 0.12.0:              105/120          113/125          121/126
+#   2 x 128, T = 4096, 0.10.2:                      162/159          163/159           168/153
+#     0.12.0:                                       167/178          181/181           186/183
+#   1 x 512, T = 8192, 0.10.2:     150/134          158/152          165/156           173/143
+#     0.12.0:                      164/136          158/139          154/163           170/170
+# 2**22 and 2048 x 2048: 141/141 at 8 x 64. A head that fits in one tile of 2**20 needs no loop, and its
+# gradient takes the logits from the forward.
+_CPU = Target(pairs=2**20, rows=1024, cols=1024, least=128, alone=2**20)
 # An accelerator wants few, large products: 2**25 pairs are 128 MiB of float32 logits.
 _ACCELERATOR = Target(pairs=2**25, rows=4096, cols=4096, least=1024, alone=2**25)
 
@@ -68,8 +70,9 @@ def choose_tile(problem: Problem, platform: str, *, one_batch: bool) -> Sizes:
         return Sizes(*_heads(full, room, one_batch=False), full.t, full.s)
     side = _window_side(problem, target)
     t = _even(full.t, max(1, min(target.rows, side) // problem.G))
-    # Few rows (decoding) leave room for longer key blocks.
-    room = target.pairs // (problem.G * t)
+    # Few rows (decoding) leave room for longer key blocks. Small tiles share less of what a step holds.
+    pairs = target.pairs if side >= target.cols else target.pairs // 4
+    room = pairs // (problem.G * t)
     s = _even(full.s, min(max(target.cols, room), side))
     return Sizes(*_heads(full, room // s, one_batch=one_batch), t, s)
 

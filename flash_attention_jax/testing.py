@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flash_attention_jax._api import flash_attention, plain_attention
+from flash_attention_jax._api import attention_and_lse, flash_attention
 from flash_attention_jax._cases import CASES, Case, numpy_dtype
 
 __all__ = [
@@ -124,7 +124,7 @@ _DRAWS = 8
 @functools.cache
 def exact(case: Case, draw: int = 0) -> Results:
     """The oracle: plain attention in float64, differentiated by JAX."""
-    return evaluate(plain_attention, case, "float64", draw)
+    return evaluate(attention_and_lse, case, "float64", draw)
 
 
 @functools.cache
@@ -140,7 +140,7 @@ def plain_errors(case: Case) -> dict[str, float]:
         return {name: float(error * ratio) for name, error in plain_errors(single).items()}
     errors = dict.fromkeys(exact(case), 0.0)
     for draw in range(_DRAWS):
-        plain, truth = evaluate(plain_attention, case, draw=draw), exact(case, draw)
+        plain, truth = evaluate(attention_and_lse, case, draw=draw), exact(case, draw)
         for name in truth:
             drawn = error(plain[name], truth[name])
             if math.isfinite(drawn):  # An overflow of the plain formula excuses nothing.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flash_attention_jax import Unsupported, flash_attention
-from flash_attention_jax._api import plain_attention
+from flash_attention_jax._api import attention_and_lse
 from flash_attention_jax._arguments import normalize
 from flash_attention_jax._dispatch import IMPLEMENTATIONS, device_of
 from flash_attention_jax._problem import Operands
@@ -29,7 +29,7 @@ def test_every_implementation_is_within_its_budget(case):
         reason = refusal(implementation, case)
         if reason is not None:
             arguments = case.arguments()
-            with pytest.raises(Unsupported, match=reason):
+            with jax.enable_x64(case.dtype == "float64"), pytest.raises(Unsupported, match=reason):
                 flash_attention(**arguments, implementation=implementation)
             continue
         over = [v for v in judge_implementation(implementation, case) if not v.within]
@@ -73,10 +73,10 @@ def test_the_budget_catches_small_mistakes(quantity, wrong):
     case = next(case for case in CASES if case.name == "causal")
 
     def mistaken(*arguments, **options):
-        return wrong(*plain_attention(*arguments, **options))
+        return wrong(*attention_and_lse(*arguments, **options))
 
     assert any(not verdict.within for verdict in judge(mistaken, case))
-    assert all(verdict.within for verdict in judge(plain_attention, case))
+    assert all(verdict.within for verdict in judge(attention_and_lse, case))
 
 
 def test_error_demands_the_same_places_for_what_is_not_finite():
@@ -96,7 +96,7 @@ def test_a_visible_key_that_is_not_finite_is_seen():
     q = jnp.ones((3, 4))
     k = jnp.ones((5, 4))
     v = jnp.ones((5, 4)).at[2, 1].set(jnp.nan)
-    for implementation in IMPLEMENTATIONS:
+    for implementation in ("xla", "reference"):
         out, lse = flash_attention(q, k, v, causal=True, q_offset=0, implementation=implementation)
         assert np.isfinite(out[:2]).all()
         assert np.isfinite(lse[:2]).all()

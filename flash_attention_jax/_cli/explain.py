@@ -12,6 +12,7 @@ import jax
 
 from flash_attention_jax import _explain
 from flash_attention_jax._arguments import FLOATS, PRECISIONS
+from flash_attention_jax._cli import parse
 
 Shape = tuple[int, ...]
 
@@ -38,7 +39,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--segments", action="store_true", help="with segment ids (*batch, T) and (*batch, S)"
     )
     parser.add_argument("--causal", action="store_true")
-    parser.add_argument("--window", type=_window, help="LEFT,RIGHT or one number; none is unbounded")
+    parser.add_argument("--window", type=parse.window, help="LEFT,RIGHT or one number; none is unbounded")
     parser.add_argument("--q-offset", type=_offset, help="a number, or `array` for one per batch element")
     parser.add_argument("--scale", type=float)
     parser.add_argument("--softcap", type=float)
@@ -106,16 +107,5 @@ def _shape(text: str) -> Shape:
     return tuple(map(int, sizes))
 
 
-def _window(text: str) -> int | tuple[int | None, ...] | None:
-    sides = tuple(None if side == "none" else _integer(side) for side in text.split(","))
-    return sides[0] if len(sides) == 1 else sides
-
-
 def _offset(text: str) -> int | str:
-    return text if text == "array" else _integer(text)
-
-
-def _integer(text: str) -> int:
-    if not text.removeprefix("-").isdecimal():
-        raise argparse.ArgumentTypeError(f"must be made of whole numbers, was {text!r}")
-    return int(text)
+    return text if text == "array" else parse.integer(text)

@@ -20,7 +20,7 @@ from flash_attention_jax._sweep import Grid, sweep
 def forward(problem: Problem, operands: Operands, device: Device):
     """Attention by online softmax (arXiv 1805.02867) over blocks of keys."""
     p = problem
-    arrays = _formulas.blocked(operands)
+    arrays = _formulas.blocked(p, operands)
     masks = Masks.of(p, operands)
     per_batch = any(m is not None and m.shape[0] > 1 for m in masks)
     grid = Grid.of(p, device.platform, one_batch=per_batch)

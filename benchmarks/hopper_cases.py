@@ -1,0 +1,151 @@
+"""What `hopper.py` checks and times: problems, variants and their order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# B, T, S, N, K, D, Dv, options: the table that the kernel is held to, in the memory order of jax.nn.
+SHAPES: dict[str, tuple[Any, ...]] = {
+    "d64": (1, 16384, 16384, 32, 32, 64, 64, {}),
+    "d64-causal": (1, 16384, 16384, 32, 32, 64, 64, {"causal": True}),
+    "d128": (1, 16384, 16384, 16, 16, 128, 128, {}),
+    "d128-causal": (1, 16384, 16384, 16, 16, 128, 128, {"causal": True}),
+    "d256": (1, 16384, 16384, 8, 8, 256, 256, {}),
+    "d256-causal": (1, 16384, 16384, 8, 8, 256, 256, {"causal": True}),
+    "4k": (4, 4096, 4096, 16, 16, 128, 128, {}),
+    "4k-causal": (4, 4096, 4096, 16, 16, 128, 128, {"causal": True}),
+    "2k": (8, 2048, 2048, 16, 16, 128, 128, {}),
+    "2k-causal": (8, 2048, 2048, 16, 16, 128, 128, {"causal": True}),
+    "512": (32, 512, 512, 16, 16, 128, 128, {}),
+    "512-causal": (32, 512, 512, 16, 16, 128, 128, {"causal": True}),
+    "gqa-causal": (2, 8192, 8192, 32, 8, 128, 128, {"causal": True}),
+    "window": (1, 32768, 32768, 16, 16, 128, 128, {"causal": True, "window": (1023, 0)}),
+    "half-key-mask": (1, 16384, 16384, 16, 16, 128, 128, {"key_mask": "half"}),
+    "documents": (1, 16384, 16384, 16, 16, 128, 128, {"causal": True, "segments": 8}),
+    "mla-causal": (1, 8192, 8192, 16, 16, 192, 128, {"causal": True}),
+}
+
+# Every head dim; the first of each kind of layout in shared memory.
+_DIMS = (8, 24, 40, 64, 80, 104, 128, 136, 168, 192, 200, 232, 256)
+_OTHER_DIMS = tuple(d for d in range(8, 257, 8) if d not in _DIMS)
+
+# Small odd problems of the check, forward only.
+CHECKS: dict[str, tuple[Any, ...]] = {
+    **{f"d{d}": (2, 300, 333, 4, 2, d, d, {}) for d in (*_DIMS, *_OTHER_DIMS)},
+    **{f"d{d}-tiled-causal": (2, 512, 768, 4, 2, d, d, {"causal": True}) for d in (64, 128, 192, 256)},
+    "dv": (2, 256, 256, 4, 2, 192, 128, {"causal": True}),
+    "dv-odd": (2, 200, 333, 4, 1, 24, 88, {"causal": True}),
+    "one-query": (3, 1, 777, 4, 2, 128, 128, {"causal": True}),
+    "one-key": (3, 333, 1, 4, 2, 64, 64, {}),
+    "dead-rows": (2, 400, 200, 4, 2, 64, 64, {"causal": True}),
+    "window": (2, 700, 900, 4, 2, 128, 128, {"window": (100, 20)}),
+    "window-left": (2, 700, 900, 4, 2, 64, 64, {"window": (150, None)}),
+    "window-causal-cap": (2, 700, 900, 4, 2, 64, 64, {"window": (200, 50), "causal": True, "softcap": 2.0}),
+    "offsets": (2, 500, 600, 4, 2, 128, 128, {"causal": True, "q_offset": [37, -250]}),
+    "key-mask": (2, 500, 600, 4, 2, 128, 128, {"key_mask": "random"}),
+    "key-mask-causal": (2, 512, 512, 4, 2, 64, 64, {"key_mask": "random", "causal": True}),
+    "segments": (2, 600, 600, 4, 2, 128, 128, {"segments": 5, "causal": True}),
+    "everything": (
+        2,
+        600,
+        600,
+        4,
+        2,
+        64,
+        64,
+        {"segments": 3, "causal": True, "key_mask": "random", "window": (300, 0), "softcap": 4.0},
+    ),
+    "hidden-nan": (2, 512, 600, 4, 2, 128, 128, {"causal": True, "key_mask": "random", "poison": True}),
+    "negative-scale": (1, 300, 300, 4, 4, 64, 64, {"scale": -0.4, "causal": True}),
+}
+
+_D128 = [
+    dict(block_kv=kv, stages=stages, consumers=consumers, out_slots=1)
+    for kv, stages, consumers in ((128, 2, 2), (64, 4, 2), (64, 3, 3), (192, 1, 2), (128, 2, 1))
+]
+# What is varied: fields of `Config`, beside the table's choice.
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "d128": [
+        *_D128,
+        *({"overlap": o, "pingpong": p} for o, p in ((True, False), (False, True), (False, False))),
+        {"persistent": False},
+        {"lane": True},
+        {"lane": True, "pingpong": False},
+        {"section": None},
+        {"section": 4},
+        {"out_slots": 1},
+        {"block_q": 128, "block_kv": 64, "consumers": 1, "stages": 3},
+    ],
+    "d128-causal": [
+        *_D128[1:3],
+        *({"overlap": o, "pingpong": p} for o, p in ((True, False), (False, True))),
+        {"persistent": False},
+        {"persistent": False, "section": None},
+        {"zigzag": False},
+        *({"section": s} for s in (None, 1, 2, 8)),
+        {"lane": True},
+    ],
+    "d64": [
+        {"block_kv": 128, "consumers": 2},
+        {"block_kv": 64, "consumers": 3},
+        {"block_kv": 192, "consumers": 2, "stages": 3},
+        {"block_kv": 256, "consumers": 2, "stages": 2},
+        {"block_q": 128, "block_kv": 64, "consumers": 2},
+        {"pingpong": False},
+        {"overlap": False},
+        {"persistent": False},
+        {"lane": True},
+        {"stages": 2},
+    ],
+    "d64-causal": [
+        {"block_kv": 128, "consumers": 2},
+        {"block_kv": 64, "consumers": 3},
+        {"pingpong": False},
+        {"persistent": False},
+        *({"section": s} for s in (None, 1, 4, 16)),
+    ],
+    "d256": [
+        {"pingpong": False},
+        {"overlap": False},
+        {"overlap": False, "pingpong": False},
+        {"persistent": False},
+        {"lane": True},
+        {"block_kv": 64, "stages": 3, "consumers": 1},
+    ],
+    "d256-causal": [{"pingpong": False}, {"persistent": False}, *({"section": s} for s in (None, 1, 4))],
+    "512": [{"persistent": False}, {"section": None}, {"block_kv": 64, "stages": 4}, {"consumers": 1}],
+    "512-causal": [
+        {"persistent": False},
+        {"section": None},
+        {"zigzag": False},
+        {"block_kv": 64, "stages": 4},
+    ],
+    "2k-causal": [{"persistent": False}, {"section": None}, {"section": 1}],
+    "gqa-causal": [{"section": None}, {"section": 4}, {"section": 16}],
+    "window": [{"block_kv": 64, "stages": 4}, {"section": None}, {"section": 1}, {"persistent": False}],
+}
+
+
+def jobs() -> list[dict[str, Any]]:
+    """Everything there is to do, the most important first."""
+    others = {f"d{d}" for d in _OTHER_DIMS}
+    checks = [{"kind": "check", "shape": name, "dtype": "bfloat16"} for name in CHECKS if name not in others]
+    last = [{"kind": "check", "shape": name, "dtype": "bfloat16"} for name in CHECKS if name in others]
+    last += [{"kind": "check", "shape": name, "dtype": "float16"} for name in ("d128", "d80", "everything")]
+    peers = [{"kind": "cudnn", "shape": name} for name in SHAPES]
+    ours = [{"kind": "time", "shape": name, "change": {}} for name in SHAPES]
+    side_by_side = [job for pair in zip(peers, ours, strict=True) for job in pair]
+    queues = [
+        [{"kind": "time", "shape": name, "change": change} for change in changes]
+        for name, changes in VARIANTS.items()
+    ]
+    tuned = []
+    for at in range(max(map(len, queues))):
+        tuned += [q[at] for q in queues if at < len(q)]
+    # A few checks first: what is wrong everywhere shows at once.
+    first = [
+        c for c in checks if c["shape"] in ("d64", "d128", "d256", "d80", "d128-tiled-causal", "key-mask")
+    ]
+    rest = [c for c in checks if c not in first]
+    everything = first + side_by_side + rest + tuned[: len(tuned) // 2] + last + tuned[len(tuned) // 2 :]
+    return [{"id": i, **job} for i, job in enumerate(everything)]

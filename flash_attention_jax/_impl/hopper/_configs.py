@@ -1,0 +1,168 @@
+"""Tile sizes of the forward kernel, and what a choice of them takes of a multiprocessor.
+
+Nothing here imports Pallas: `_refuses` reads it on every platform.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from flash_attention_jax._problem import Problem
+
+# What one thread block may have on sm_90.
+SHARED_BYTES = 227 * 1024
+_REGISTERS = 64 * 1024
+_LONGEST_BOX = 256
+# `setmaxnreg` for consumers and producer, by the number of consumers; 128 threads of each fill the file. With
+# one consumer every thread has enough from the beginning.
+REGISTERS = {1: (240, 40), 2: (232, 40), 3: (160, 32)}
+# Of one consumer thread, beside accumulators and probabilities: addresses, statistics, indices.
+_OTHER_REGISTERS = 24
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What may be tuned; none of it changes a result by more than rounding.
+
+    Attributes:
+        block_q: query rows of one consumer warpgroup, a multiple of 64.
+        block_kv: keys of one block, a multiple of 64.
+        stages: K and V blocks that the ring in shared memory holds.
+        consumers: warpgroups that compute, 1 to 3; each has `block_q` rows of the tile.
+        overlap: whether the next QK^T is issued before the softmax of this block is computed.
+        pingpong: whether consumers take turns at issuing matrix products.
+        persistent: whether a thread block stays on its multiprocessor and takes tile after tile.
+        zigzag: whether persistent blocks take their tiles there and back again.
+        section: heads whose tiles are ordered together, longest first; None is all heads.
+        out_slots: pieces of 64 rows of the result that a consumer may have on their way out.
+        lane: whether Mosaic lowers thread by thread instead of warpgroup by warpgroup.
+    """
+
+    block_q: int = 64
+    block_kv: int = 128
+    stages: int = 2
+    consumers: int = 2
+    overlap: bool = True
+    pingpong: bool = True
+    persistent: bool = True
+    zigzag: bool = True
+    section: int | None = None
+    out_slots: int = 2
+    lane: bool = False
+
+    @property
+    def tile_q(self) -> int:
+        """Query rows of a tile."""
+        return self.block_q * self.consumers
+
+    @property
+    def threads(self) -> int:
+        """Warpgroups of a thread block."""
+        return self.consumers + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunks:
+    """How the columns of a head lie in shared memory: `count` buffers of `width` columns.
+
+    Attributes:
+        tile: columns of one swizzled tile of 8 rows, 16, 32 or 64.
+        tiled: whether one TMA box of tiles brings the whole block, which needs lengths that are
+            multiples of 8 and a head dim that is one of 64. Otherwise each buffer is one tile wide and comes
+            as plain rows, so that TMA fills with zeros what is beyond the array in either direction.
+    """
+
+    width: int
+    count: int
+    tile: int
+    tiled: bool
+
+    @property
+    def columns(self) -> int:
+        """Columns with the padding."""
+        return self.width * self.count
+
+    @property
+    def swizzle(self) -> int:
+        """Bytes of a tile's row."""
+        return 2 * self.tile
+
+
+def chunks(problem: Problem, dim: int) -> Chunks:
+    """The layout of a head of `dim` columns; q, k, v and out of a problem are all tiled or all not."""
+    aligned = problem.T % 8 == 0 and problem.S % 8 == 0
+    if aligned and problem.D % 64 == 0 and problem.Dv % 64 == 0:
+        return Chunks(width=dim, count=1, tile=64, tiled=True)
+    # The widest tile that adds the fewest columns of padding, in steps of 32.
+    tile = 16 if dim <= 16 else 32 if dim % 64 in range(1, 33) else 64
+    return Chunks(width=tile, count=-(-dim // tile), tile=tile, tiled=False)
+
+
+# Not measured yet: the sizes of FlashAttention-3 (arXiv 2407.08608) as far as a multiple of 64 keys and the
+# shared memory of separate output slots allow. By padded max(D, Dv).
+_TABLE: tuple[tuple[int, Config], ...] = (
+    (64, Config(block_q=64, block_kv=128, stages=4, consumers=3)),
+    (128, Config(block_q=64, block_kv=128, stages=2, consumers=2)),
+    (192, Config(block_q=64, block_kv=64, stages=3, consumers=2, out_slots=1)),
+    (256, Config(block_q=64, block_kv=64, stages=2, consumers=2, out_slots=1)),
+)
+
+
+def choose_config(problem: Problem) -> Config:
+    """The sizes for a problem whose head dims are at most 256."""
+    widest = max(chunks(problem, dim).columns for dim in (problem.D, problem.Dv))
+    config = next(config for limit, config in _TABLE if widest <= limit)
+    consumers = min(config.consumers, -(-problem.T // config.block_q))
+    stages = min(config.stages, max(2, -(-problem.S // config.block_kv)))
+    return dataclasses.replace(config, consumers=consumers, stages=stages, section=_section(problem))
+
+
+# Half of the H200's second cache level: K and V of the heads whose tiles run side by side should stay there.
+_SECTION_BYTES = 24 * 2**20
+
+
+def _section(problem: Problem) -> int | None:
+    """Heads that are ordered together: of one group without a mask, else as many as the cache holds."""
+    if not problem.masked:
+        return problem.G
+    bytes_of_head = 2 * problem.S * (problem.D + problem.Dv)
+    groups = max(1, _SECTION_BYTES // bytes_of_head)
+    return min(problem.B * problem.N, groups * problem.G)
+
+
+def shared_bytes(problem: Problem, config: Config) -> int:
+    """Shared memory of a thread block, each buffer rounded up to 1024 bytes."""
+    c, of_k, of_v = config, chunks(problem, problem.D), chunks(problem, problem.Dv)
+    buffers = [
+        2 * c.tile_q * of_k.columns,
+        2 * c.stages * c.block_kv * of_k.columns,
+        2 * c.stages * c.block_kv * of_v.columns,
+        2 * c.consumers * c.out_slots * 64 * of_v.tile,
+        4 * c.tile_q,
+        8 * (4 * c.stages + 2 + c.consumers + 1),
+    ]
+    if problem.masked:
+        buffers.append(4 * c.stages * c.block_kv)
+    return sum(-(-size // 1024) * 1024 for size in buffers)
+
+
+def registers(problem: Problem, config: Config) -> int:
+    """Registers of a consumer's thread: the sums, the logits, their 16-bit weights and the rest."""
+    rows = config.block_q / 64
+    sums = rows * chunks(problem, problem.Dv).columns / 2
+    logits = rows * config.block_kv / 2
+    return math.ceil(sums + logits * 1.5) + _OTHER_REGISTERS
+
+
+def too_large(problem: Problem, config: Config) -> str | None:
+    """Why a multiprocessor cannot hold a thread block of these sizes, or None if it can."""
+    needed, most = shared_bytes(problem, config), SHARED_BYTES
+    if needed > most:
+        return f"tiles take {needed} bytes of shared memory, a thread block has {most}"
+    if max(config.tile_q, config.block_kv) > _LONGEST_BOX:
+        return f"TMA brings at most {_LONGEST_BOX} rows at once"
+    needed, most = registers(problem, config), REGISTERS[config.consumers][0]
+    if needed > most:
+        return f"tiles take {needed} registers of a thread, it has {most}"
+    return None

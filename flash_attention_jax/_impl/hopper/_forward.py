@@ -1,0 +1,78 @@
+"""The forward pass: launches the kernel of `_kernel`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from flash_attention_jax._impl.base import Device
+from flash_attention_jax._impl.hopper._blocks import Plan, Tables, launched, multiprocessors, tables
+from flash_attention_jax._impl.hopper._configs import Config, choose_config
+from flash_attention_jax._impl.hopper._kernel import Arrays, attend
+from flash_attention_jax._impl.hopper._memory import Memory, scratch
+from flash_attention_jax._problem import Operands, Problem
+
+
+def forward(
+    problem: Problem,
+    operands: Operands,
+    device: Device,
+    *,
+    config: Config | None = None,
+    blocks: int | None = None,
+    interpret: Any = None,
+) -> tuple[Any, Any]:
+    """out and lse; see `base.Forward`.
+
+    Args:
+        config: tile sizes; by default those of `choose_config`.
+        blocks: thread blocks to launch; by default as many as the device has multiprocessors, or one for
+            each tile where `config` is not persistent.
+        interpret: a `plgpu.InterpretGPUParams`, to run without a GPU.
+    """
+    p = problem
+    config = choose_config(p) if config is None else config
+    blocks = launched(p, config, multiprocessors()) if blocks is None else blocks
+    plan = Plan(p, config, blocks)
+    given = tables(p, operands, config)
+    present = [name for name, x in given._asdict().items() if x is not None]
+    # Plain copies of rows of numbers are cut off at the end of the array only, so each must have its room.
+    length = -(-p.T // config.block_q) * config.block_q
+    rows = (p.N, p.T) if p.order == "BNTD" else (p.T, p.N)
+
+    def body(*refs, **buffers):
+        q, k, v, *of_tables, out, lse = refs
+        read = Tables(**dict(zip(present, of_tables, strict=True)))
+        memory = Memory.of(p, buffers, interpret is not None)
+        attend(plan, Arrays(q, k, v, out, lse, read), memory)
+
+    out, lse = plgpu.kernel(
+        body,
+        out_type=(
+            jax.ShapeDtypeStruct((p.B, *rows, p.Dv), jnp.dtype(p.dtype)),
+            jax.ShapeDtypeStruct((p.B, p.N, length), jnp.float32),
+        ),
+        scratch_types=scratch(p, config, interpret is not None),
+        grid=(blocks,),
+        grid_names=("block",),
+        num_threads=config.threads,
+        thread_name="warpgroup",
+        compiler_params=_compiler_params(config),
+        kernel_name="flash_attention_hopper_forward",
+        interpret=interpret,
+    )(*operands[:3], *(x for x in given if x is not None))
+    return out, lse if length == p.T else lse[..., : p.T]
+
+
+def _compiler_params(config: Config) -> Any:
+    semantics = plgpu.LoweringSemantics
+    return plgpu.CompilerParams(
+        approx_math=True,
+        # The barriers in the kernel order all that needs order.
+        unsafe_no_auto_barriers=True,
+        reduction_scratch_bytes=0,
+        lowering_semantics=semantics.Lane if config.lane else semantics.Warpgroup,
+    )

@@ -1,0 +1,451 @@
+"""The forward kernel: FlashAttention-3 (arXiv 2407.08608, algorithms 1 and 2) in Pallas Mosaic GPU, sm_90a.
+
+Who does what. A thread block has one producer warpgroup and 1 to 3 consumer warpgroups. It takes tiles of
+`consumers * block_q` query rows of one head, one after the other (`Plan.tile`). The producer brings the
+tile's queries and then, block by block, K and V through a ring of `stages`; it gives its registers to the
+consumers. A consumer has `block_q` rows of the tile: logits by `wgmma` from shared memory, softmax in
+registers, weights times V by `wgmma` with the weights in registers.
+
+In an iteration of the main loop (`overlap`), a consumer issues Q K^T of this block and the weights of the
+block before times its V, waits for the first only, and computes the softmax while the second runs. With
+`pingpong` the consumers issue in turns, so that one computes its softmax while another's products run.
+
+Shared memory, in bytes for 16-bit numbers, with D and Dv padded as `Chunks` says: q 2 tile_q D,
+k 2 stages block_kv D, v 2 stages block_kv Dv, out 128 consumers out_slots tile, lse 4 tile_q, and with masks
+poison 4 stages block_kv. `_configs.shared_bytes` adds them up. The barriers are described in `Memory`.
+
+Hidden keys may hold anything, and 0 * NaN is NaN. The logits of hidden keys are replaced. Values are checked
+in blocks that are visible in part, and there alone: rows of V that are not finite become 0 in shared memory
+and leave a NaN in `poison`, which joins the logits. In a block that is visible whole they reach the sums of
+all its rows, as they should; at the end a row whose sums are not finite becomes NaN.
+
+Nothing has been measured yet; what is tried and lost will stand here with its figures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from flash_attention_jax._impl.hopper import _softmax
+from flash_attention_jax._impl.hopper._blocks import (
+    COLUMNS,
+    ROWS,
+    Place,
+    Plan,
+    Tables,
+    Visits,
+    load,
+    rem,
+    seen_in_block,
+)
+from flash_attention_jax._impl.hopper._configs import REGISTERS
+from flash_attention_jax._impl.hopper._memory import Memory
+from flash_attention_jax._impl.hopper._softmax import Statistics, across
+
+Array = Any
+_WGMMA = plgpu.Layout.WGMMA
+
+
+def _rows_of(problem: Any, ref: Any, batch: Any, head: Any) -> Any:
+    """The (length, dim) array of one head, where it lies."""
+    if problem.order == "BNTD":
+        return ref.at[batch, head]
+    return ref.at[batch, :, head]
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrays:
+    """q, k, v, out and lse in device memory, and the tables."""
+
+    q: Any
+    k: Any
+    v: Any
+    out: Any
+    lse: Any
+    tables: Tables
+
+
+def attend(plan: Plan, arrays: Arrays, memory: Memory) -> None:
+    """The body of the kernel, for every warpgroup."""
+    warpgroup = lax.axis_index("warpgroup")
+    consumers = plan.config.consumers
+    for_consumers, for_producer = REGISTERS[consumers]
+
+    @pl.when(warpgroup < consumers)
+    def _():
+        if consumers > 1:
+            plgpu.set_max_registers(for_consumers, action="increase")
+        Consumer(plan, arrays, memory, warpgroup).run()
+
+    @pl.when(warpgroup == consumers)
+    def _():
+        if consumers > 1:
+            plgpu.set_max_registers(for_producer, action="decrease")
+        produce(plan, arrays, memory)
+
+
+def _over_tiles(plan: Plan, arrays: Arrays, body: Any) -> None:
+    """Calls body(batch, head, row, visits, blocks seen before) for every tile of this thread block."""
+    block = lax.axis_index("block")
+
+    def tile(n, count):
+        batch, head, row = plan.tile(block, n)
+        visits = plan.visits(arrays.tables, batch, row)
+        body(batch, head, row, visits, count)
+        return count + visits.seen
+
+    lax.fori_loop(jnp.int32(0), plan.rounds(block), tile, jnp.int32(0))
+
+
+def produce(plan: Plan, arrays: Arrays, memory: Memory) -> None:
+    """The producer: queries of a tile, then its blocks of keys and values."""
+    p, c = plan.problem, plan.config
+
+    def tile(batch, head, row, visits, count):
+        kv_head = lax.div(head, jnp.int32(p.G))
+        q, k, v = (
+            _rows_of(p, x, batch, h) for x, h in ((arrays.q, head), (arrays.k, kv_head), (arrays.v, kv_head))
+        )
+        plgpu.barrier_wait(memory.q_free)
+        memory.q.fetch(q, pl.ds(row * c.tile_q, c.tile_q), memory.q_full)
+
+        def bring(i, _):
+            slot = rem(count + i, c.stages)
+            rows = pl.ds(visits.index(i) * c.block_kv, c.block_kv)
+            plgpu.barrier_wait(memory.k_free.at[slot])
+            memory.k.fetch(k, rows, memory.k_full.at[slot], slot)
+            plgpu.barrier_wait(memory.v_free.at[slot])
+            memory.v.fetch(v, rows, memory.v_full.at[slot], slot)
+
+        lax.fori_loop(jnp.int32(0), visits.seen, bring, None)
+
+    _over_tiles(plan, arrays, tile)
+    # Nothing may be under way when the barriers go.
+    plgpu.barrier_wait(memory.q_free)
+    for slot in range(c.stages):
+        plgpu.barrier_wait(memory.k_free.at[slot])
+        plgpu.barrier_wait(memory.v_free.at[slot])
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What a consumer carries from block to block.
+
+    Attributes:
+        sums: float32 (block_q, width) for each chunk of v, relative to `statistics.top`.
+        weights: 16 bits (block_q, block_kv), of the block whose values have not been added yet; None without
+            overlap.
+    """
+
+    sums: tuple[Array, ...]
+    statistics: Statistics
+    weights: Array | None = None
+
+    def flat(self) -> tuple[Any, ...]:
+        """As a loop carries it."""
+        return self.sums, tuple(self.statistics), self.weights
+
+    @classmethod
+    def of(cls, flat: Any) -> State:
+        """Inverse of `flat`."""
+        return cls(flat[0], Statistics(*flat[1]), flat[2])
+
+
+@dataclasses.dataclass(frozen=True)
+class Consumer:
+    """One consumer warpgroup."""
+
+    plan: Plan
+    arrays: Arrays
+    memory: Memory
+    own: Any
+
+    def run(self) -> None:
+        """All tiles of this thread block."""
+        m, c = self.memory, self.plan.config
+        # Everything is free at first, and the first consumer begins.
+        plgpu.barrier_arrive(m.q_free)
+        for slot in range(c.stages):
+            plgpu.barrier_arrive(m.k_free.at[slot])
+            plgpu.barrier_arrive(m.v_free.at[slot])
+        if c.pingpong and c.consumers > 1:
+            pl.when(self.own == c.consumers - 1)(lambda: plgpu.barrier_arrive(m.turn.at[0]))
+        _over_tiles(self.plan, self.arrays, self._tile)
+        if c.pingpong and c.consumers > 1:
+            pl.when(self.own == 0)(self._await_turn)
+        plgpu.wait_smem_to_gmem(0)
+
+    def _tile(self, batch, head, row, visits, count):
+        p, c, m = self.plan.problem, self.plan.config, self.memory
+        first = row * c.tile_q + self.own * c.block_q
+        place = Place(batch, row, first, self.plan.offset(self.arrays.tables, batch))
+        plgpu.barrier_wait(m.q_full)
+        nothing = State(self._no_sums(), Statistics.start(c.block_q))
+        blocks = self._overlapped if c.overlap else self._one_by_one
+
+        def some():
+            done = blocks(nothing, place, visits, count)
+            return done.sums, tuple(done.statistics)
+
+        def none():
+            plgpu.barrier_arrive(m.q_free)
+            return nothing.sums, tuple(nothing.statistics)
+
+        sums, statistics = lax.cond(visits.seen > 0, some, none) if p.masked else some()
+        self._give_out(batch, head, first, sums, Statistics(*statistics))
+
+    # The loops over blocks.
+
+    def _overlapped(self, state: State, place: Place, visits: Visits, count: Any) -> State:
+        """Algorithm 2: the products of one block run under the softmax of the next."""
+        plan, m = self.plan, self.memory
+        masked = plan.problem.masked or plan.ragged
+        at = self._at(count)
+        plgpu.barrier_wait(m.k_full.at[at])
+        self._await_turn()
+        products = self._accumulated([self._zero_logits()], lambda acc: self._issue_logits(acc[0], at))[0]
+        self._pass_turn()
+        plgpu.barrier_arrive(m.k_free.at[at])
+        x, factor = self._masked_logits(products, place, visits.index(0), at, masked=masked)
+        weights, statistics, _ = _softmax.update(x, factor, state.statistics, plan.problem.masked)
+        if not plan.problem.masked:
+            plgpu.barrier_wait(m.v_full.at[at])
+        state = State(state.sums, statistics, weights.astype(plan.problem.dtype))
+
+        def body(masked):
+            return lambda i, flat: self._step(State.of(flat), place, visits, count, i, masked).flat()
+
+        flat, begin = state.flat(), jnp.int32(1)
+        if plan.problem.masked:
+            flat = lax.fori_loop(begin, visits.partial, body(True), flat)
+            begin = jnp.maximum(begin, visits.partial)
+        state = State.of(lax.fori_loop(begin, visits.seen, body(False), flat))
+        plgpu.barrier_arrive(m.q_free)
+        last = self._at(count + visits.seen - 1)
+        sums = self._accumulated(state.sums, lambda accs: self._issue_sums(accs, state.weights, last))
+        plgpu.barrier_arrive(m.v_free.at[last])
+        return State(tuple(sums), state.statistics)
+
+    def _step(self, state: State, place: Place, visits: Visits, count: Any, i: Any, masked: bool) -> State:
+        """One block: its logits are computed beside the sums of the block before."""
+        p, m = self.plan.problem, self.memory
+        at, before = self._at(count + i), self._at(count + i - 1)
+        plgpu.barrier_wait(m.k_full.at[at])
+        self._await_turn()
+
+        def softmax(products):
+            plgpu.barrier_arrive(m.k_free.at[at])
+            x, factor = self._masked_logits(products, place, visits.index(i) if masked else None, at, masked)
+            weights, statistics, decay = _softmax.update(x, factor, state.statistics, masked and p.masked)
+            return weights.astype(p.dtype), statistics, decay
+
+        sums, (weights, statistics, decay) = self._side_by_side(state, at, before, softmax)
+        plgpu.barrier_arrive(m.v_free.at[before])
+        if not masked:
+            plgpu.barrier_wait(m.v_full.at[at])
+        return State(tuple(s * across(decay, s.shape) for s in sums), statistics, weights)
+
+    def _one_by_one(self, state: State, place: Place, visits: Visits, count: Any) -> State:
+        """Algorithm 1: logits, softmax and sums of a block after each other."""
+        plan, p, m = self.plan, self.plan.problem, self.memory
+
+        def step(i, flat, masked):
+            state, at = State.of(flat), self._at(count + i)
+            plgpu.barrier_wait(m.k_full.at[at])
+            self._await_turn()
+            products = self._accumulated([self._zero_logits()], lambda acc: self._issue_logits(acc[0], at))[0]
+            self._pass_turn()
+            plgpu.barrier_arrive(m.k_free.at[at])
+            x, factor = self._masked_logits(products, place, visits.index(i) if masked else None, at, masked)
+            weights, statistics, decay = _softmax.update(x, factor, state.statistics, masked and p.masked)
+            if not (masked and p.masked):
+                plgpu.barrier_wait(m.v_full.at[at])
+            weights = weights.astype(p.dtype)
+            sums = tuple(s * across(decay, s.shape) for s in state.sums)
+            sums = self._accumulated(sums, lambda accs: self._issue_sums(accs, weights, at))
+            plgpu.barrier_arrive(m.v_free.at[at])
+            return State(tuple(sums), statistics).flat()
+
+        flat, begin = state.flat(), jnp.int32(0)
+        if p.masked or plan.ragged:
+            flat = lax.fori_loop(begin, visits.partial, lambda i, f: step(i, f, True), flat)
+            begin = visits.partial
+        flat = lax.fori_loop(begin, visits.seen, lambda i, f: step(i, f, False), flat)
+        plgpu.barrier_arrive(m.q_free)
+        return State.of(flat)
+
+    # Matrix products.
+
+    def _at(self, n: Any) -> Any:
+        return rem(n, self.plan.config.stages)
+
+    def _no_sums(self) -> tuple[Array, ...]:
+        of = self.memory.v.of
+        zero = jnp.zeros((self.plan.config.block_q, of.width), jnp.float32)
+        return tuple(plgpu.layout_cast(zero, _WGMMA) for _ in range(of.count))
+
+    def _zero_logits(self) -> Array:
+        shape = (self.plan.config.block_q, self.plan.config.block_kv)
+        return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), _WGMMA)
+
+    def _issue_logits(self, acc: Any, slot: Any) -> None:
+        m, c = self.memory, self.plan.config
+        for chunk in range(m.k.of.count):
+            q = m.q.tiles.at[chunk, pl.ds(self.own * c.block_q, c.block_q)]
+            plgpu.wgmma(acc, q, m.k.tiles.at[slot, chunk].T)
+
+    def _issue_sums(self, accs: Any, weights: Array, slot: Any) -> None:
+        m = self.memory
+        if m.weights is not None:
+            m.weights[self.own] = weights
+            plgpu.commit_smem()
+            weights = m.weights.at[self.own]
+        for chunk, acc in enumerate(accs):
+            plgpu.wgmma(acc, weights, m.v.tiles.at[slot, chunk])
+
+    def _accumulated(self, values: Any, issue: Any) -> Any:
+        """The values after the products that issue(accumulators) adds to them."""
+        values = list(values)
+        if self.memory.weights is None:
+            return pl.run_state(issue)([plgpu.WGMMAAccumulatorRef.init(x) for x in values])
+
+        def products(*accs):
+            issue(accs)
+            return [acc[...] for acc in accs]
+
+        # The interpreter's accumulators start at 0.
+        parts = pl.run_scoped(products, *(plgpu.WGMMAAccumulatorRef(x.shape) for x in values))
+        return [x + part for x, part in zip(values, parts, strict=True)]
+
+    def _side_by_side(self, state: State, at: Any, before: Any, softmax: Any) -> tuple[Any, Any]:
+        """Issues logits of a block and sums of the one before; softmax(logits) runs under the latter."""
+        count = self.memory.v.of.count
+
+        def issue(acc, accs):
+            self._issue_logits(acc, at)
+            self._issue_sums(accs, state.weights, before)
+            self._pass_turn()
+            products = plgpu.wgmma_accumulator_load(acc, wait_n=count)
+            # Nothing of the softmax may move before the wait, which the compiler cannot tell.
+            return softmax(lax.optimization_barrier(products))
+
+        if self.memory.weights is None:
+            statistics = state.statistics
+
+            def stateful(refs):
+                accs, acc, *results = refs
+                done = issue(acc, accs)
+                for ref, x in zip(results, (done[0], *done[1], done[2]), strict=True):
+                    ref[...] = x
+
+            start = (state.weights, *statistics, statistics.norm)
+            sums = [plgpu.WGMMAAccumulatorRef.init(x) for x in state.sums]
+            sums, _, weights, top, norm, decay = pl.run_state(stateful)(
+                (sums, plgpu.WGMMAAccumulatorRef.init(self._zero_logits()), *start)
+            )
+            return sums, (weights, Statistics(top, norm), decay)
+
+        def scoped(acc, *accs):
+            done = issue(acc, accs)
+            return [a[...] for a in accs], (done[0], tuple(done[1]), done[2])
+
+        c = self.plan.config
+        shapes = [(c.block_q, c.block_kv), *(x.shape for x in state.sums)]
+        parts, (weights, stats, decay) = pl.run_scoped(
+            scoped, *(plgpu.WGMMAAccumulatorRef(shape) for shape in shapes)
+        )
+        sums = [x + part for x, part in zip(state.sums, parts, strict=True)]
+        return sums, (weights, Statistics(*stats), decay)
+
+    def _await_turn(self) -> None:
+        c = self.plan.config
+        if c.pingpong and c.consumers > 1:
+            plgpu.barrier_wait(self.memory.turn.at[self.own])
+
+    def _pass_turn(self) -> None:
+        c = self.plan.config
+        if c.pingpong and c.consumers > 1:
+            plgpu.barrier_arrive(self.memory.turn.at[rem(self.own + 1, c.consumers)])
+
+    # Masks.
+
+    def _masked_logits(
+        self, products: Array, place: Place, block: Any, slot: Any, masked: bool
+    ) -> tuple[Array, float]:
+        """Logits and their factor; hidden keys get -inf, and visible ones whose values are not finite NaN."""
+        plan = self.plan
+        x, factor = _softmax.logits(plan.problem, products)
+        if masked:
+            if plan.problem.masked:
+                plgpu.barrier_wait(self.memory.v_full.at[slot])
+                x = x + lax.broadcast_in_dim(self._checked_values(slot), x.shape, [1])
+            x = jnp.where(seen_in_block(plan, self.arrays.tables, place, block), x, -jnp.inf)
+        return x, factor
+
+    def _checked_values(self, slot: Any) -> Array:
+        """Makes a block of V finite, each consumer some rows of it; NaN for keys where it was not, else 0."""
+        m, c = self.memory, self.plan.config
+        for piece in range(c.block_kv // 64):
+            rows = pl.ds(piece * 64, 64)
+
+            def check(rows=rows):
+                found = None
+                parts = []
+                for chunk in range(m.v.of.count):
+                    part = load(m.v.tiles.at[slot, chunk, rows], layout=_WGMMA)
+                    parts.append(part)
+                    trace = (part.astype(jnp.float32) * 0).sum(axis=1)
+                    found = trace if found is None else found + trace
+                for chunk, part in enumerate(parts):
+                    keep = across(found, part.shape) == 0
+                    m.v.tiles[slot, chunk, rows] = jnp.where(keep, part, jnp.zeros_like(part))
+                m.poison[slot, rows] = found
+
+            pl.when(self.own == piece % c.consumers)(check)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(m.checked)
+        plgpu.barrier_wait(m.checked)
+        return load(m.poison.at[slot], layout=COLUMNS)
+
+    # Results.
+
+    def _give_out(self, batch: Any, head: Any, first: Any, sums: Any, statistics: Statistics) -> None:
+        """Writes out and lse of this consumer's rows; what is beyond the arrays is left out."""
+        p, c, m = self.plan.problem, self.plan.config, self.memory
+        factor, lse = _softmax.finish(statistics)
+        if p.masked:
+            trace = sum(((s * 0).sum(axis=1) for s in sums[1:]), (sums[0] * 0).sum(axis=1))
+            factor, lse = factor + trace, lse + trace
+        sums = [(s * across(factor, s.shape)).astype(p.dtype) for s in sums]
+        # What the tile before left on its way must have been read.
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        m.lse[self.own] = plgpu.layout_cast(lse, ROWS)
+        plgpu.commit_smem()
+        rows = pl.ds(first, c.block_q)
+
+        @pl.when(first < p.T)
+        def _():
+            to = self.arrays.lse.at[batch, head, rows]
+            plgpu.copy_smem_to_gmem(m.lse.at[self.own], to, commit_group=False)
+
+        out = _rows_of(p, self.arrays.out, batch, head)
+        tile = m.out.of.width
+        sent = 0
+        for low in range(0, c.block_q, 64):
+            for left in range(0, m.v.of.columns, tile):
+                slot = sent % c.out_slots
+                if sent >= c.out_slots:
+                    plgpu.wait_smem_to_gmem(c.out_slots - 1, wait_read_only=True)
+                chunk, column = divmod(left, m.v.of.width)
+                piece = sums[chunk][low : low + 64, column : column + tile]
+                m.out.tiles[self.own, slot] = piece
+                plgpu.commit_smem()
+                into = out.at[pl.ds(first + low, 64), pl.ds(first * 0 + left, tile)]
+                plgpu.copy_smem_to_gmem(m.out.plain.at[self.own, slot], into)
+                sent += 1

@@ -1,0 +1,133 @@
+"""Shared memory of the forward kernel: its buffers, its barriers, and how rows come and go."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from flash_attention_jax._impl.hopper._configs import Chunks, Config, chunks
+from flash_attention_jax._problem import Problem
+
+
+def _swizzled(shape: tuple[int, ...], dtype: str, of: Chunks, interpreted: bool) -> Any:
+    """Rows as `wgmma` reads them. Where TMA brings plain rows, the same bytes under both names."""
+    tiling, swizzle = plgpu.TilingTransform((8, of.tile)), plgpu.SwizzleTransform(of.swizzle)
+    tiles = plgpu.SMEM(shape, jnp.dtype(dtype), transforms=(tiling, swizzle))
+    if of.tiled or interpreted:
+        return tiles
+    return plgpu.RefUnion(tiles, plgpu.SMEM(shape, jnp.dtype(dtype), transforms=(swizzle,)))
+
+
+def _names(ref: Any, of: Chunks, interpreted: bool) -> tuple[Any, Any]:
+    """A buffer as `wgmma` and as TMA know it. The interpreter gives the two names different bytes."""
+    return (ref, ref) if of.tiled or interpreted else tuple(ref)
+
+
+def scratch(problem: Problem, config: Config, interpreted: bool) -> dict[str, Any]:
+    """The buffers and barriers of a thread block, by name; `Memory` says what they are."""
+    p, c = problem, config
+    of_k, of_v = chunks(p, p.D), chunks(p, p.Dv)
+
+    def buffer(of, *shape):
+        return _swizzled((*shape, of.width), p.dtype, of, interpreted)
+
+    result = {
+        "q": buffer(of_k, of_k.count, c.tile_q),
+        "k": buffer(of_k, c.stages, of_k.count, c.block_kv),
+        "v": buffer(of_v, c.stages, of_v.count, c.block_kv),
+        "out": _swizzled((c.consumers, c.out_slots, 64, of_v.tile), p.dtype, pieces(of_v), interpreted),
+        "lse": plgpu.SMEM((c.consumers, c.block_q), jnp.float32),
+        "q_full": plgpu.Barrier(num_arrivals=of_k.count),
+        "k_full": plgpu.Barrier(num_arrivals=of_k.count, num_barriers=c.stages),
+        "v_full": plgpu.Barrier(num_arrivals=of_v.count, num_barriers=c.stages),
+        "q_free": plgpu.Barrier(num_arrivals=c.consumers),
+        "k_free": plgpu.Barrier(num_arrivals=c.consumers, num_barriers=c.stages),
+        "v_free": plgpu.Barrier(num_arrivals=c.consumers, num_barriers=c.stages),
+        "turn": plgpu.Barrier(num_barriers=c.consumers),
+    }
+    if p.masked:
+        result["poison"] = plgpu.SMEM((c.stages, c.block_kv), jnp.float32)
+        result["checked"] = plgpu.Barrier(num_arrivals=c.consumers)
+    if interpreted:
+        result["weights"] = plgpu.SMEM((c.consumers, c.block_q, c.block_kv), jnp.dtype(p.dtype))
+    return result
+
+
+def pieces(of_v: Chunks) -> Chunks:
+    """The layout of the pieces in which the result goes out: one tile wide."""
+    return dataclasses.replace(of_v, width=of_v.tile, count=of_v.columns // of_v.tile)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """A buffer of rows of q, k, v or out.
+
+    Attributes:
+        tiles: as `wgmma` reads it, (..., chunks, rows, width).
+        plain: as TMA copies it.
+    """
+
+    tiles: Any
+    plain: Any
+    of: Chunks
+
+    @classmethod
+    def named(cls, ref: Any, of: Chunks, interpreted: bool) -> Rows:
+        """The buffer that `scratch` made."""
+        return cls(*_names(ref, of, interpreted), of)
+
+    def fetch(self, source: Any, rows: Any, barrier: Any, *slot: Any) -> None:
+        """Starts the copy of `rows` of a (length, dim) array, which arrives once for each chunk."""
+        for c in range(self.of.count):
+            # A start that is not known while tracing may lead beyond the array, where TMA fills with zeros.
+            columns = pl.ds(_traced(c * self.of.width, rows), self.of.width)
+            plgpu.copy_gmem_to_smem(source.at[rows, columns], self.plain.at[(*slot, c)], barrier)
+
+
+def _traced(value: int, rows: Any) -> Any:
+    return rows.start * 0 + value
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """What the warpgroups of a thread block share.
+
+    Attributes:
+        q: (chunks, tile_q, width); k, v: (stages, chunks, block_kv, width).
+        out: (consumers, slots, 64, tile): pieces of the result on their way out.
+        lse: (consumers, block_q).
+        q_full, k_full, v_full: TMA arrives, consumers wait.
+        q_free, k_free, v_free: every consumer arrives, the producer waits.
+        turn: of each consumer; the one before it arrives.
+        poison: (stages, block_kv), NaN for keys whose values are not finite, else 0.
+        checked: all consumers arrive and wait, once a block of V has been checked.
+        weights: for the interpreter, whose `wgmma` takes no operand from registers.
+    """
+
+    q: Rows
+    k: Rows
+    v: Rows
+    out: Rows
+    lse: Any
+    q_full: Any
+    k_full: Any
+    v_full: Any
+    q_free: Any
+    k_free: Any
+    v_free: Any
+    turn: Any
+    poison: Any = None
+    checked: Any = None
+    weights: Any = None
+
+    @classmethod
+    def of(cls, problem: Problem, refs: dict[str, Any], interpreted: bool) -> Memory:
+        """From the references to what `scratch` named."""
+        of_k, of_v = chunks(problem, problem.D), chunks(problem, problem.Dv)
+        layouts = {"q": of_k, "k": of_k, "v": of_v, "out": pieces(of_v)}
+        rows = {name: Rows.named(refs[name], of, interpreted) for name, of in layouts.items()}
+        return cls(**refs | rows)
