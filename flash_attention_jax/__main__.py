@@ -26,12 +26,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("error: the command line needs rich: pip install 'flash_attention_jax[cli]'", file=sys.stderr)
         return 2
     args = _parser().parse_args(argv)
+    args.command_line = list(sys.argv[1:] if argv is None else argv)
     return args.run(args)
 
 
 def _parser() -> argparse.ArgumentParser:
     # Here, since the commands import rich, which the library itself does without.
-    from flash_attention_jax._cli import check, demo, explain
+    from flash_attention_jax._cli import bench, check, demo, explain
 
     parser = argparse.ArgumentParser(
         prog="flash-attention-jax",
@@ -39,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=flash_attention_jax.__version__)
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (demo, check, explain):
+    for command in (demo, check, bench, explain):
         command.add_parser(subparsers)
     return parser
 
