@@ -12,6 +12,8 @@ import argparse
 import concurrent.futures
 import dataclasses
 import json
+import multiprocessing
+import os
 import pathlib
 import queue
 import statistics
@@ -19,7 +21,6 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 from typing import Any
 
 from hopper_cases import CHECKS, SHAPES, jobs
@@ -39,8 +40,8 @@ class Inputs:
     window: Any
 
 
-def inputs(shape: tuple[Any, ...], dtype: str) -> Inputs:
-    """Random operands of a problem."""
+def inputs(shape: tuple[Any, ...], dtype: str, abstract: bool = False) -> Inputs:
+    """Random operands of a problem, or their shapes."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -52,8 +53,11 @@ def inputs(shape: tuple[Any, ...], dtype: str) -> Inputs:
     options = dict(given)
     rng = np.random.default_rng(0)
     sizes = (B, T, N, D), (B, S, K, D), (B, S, K, Dv)
-    keys = jax.random.split(jax.random.key(0), 3)
-    arrays = [jax.random.normal(key, x, dtype) for key, x in zip(keys, sizes, strict=True)]
+    if abstract:
+        arrays: list[Any] = [jax.ShapeDtypeStruct(x, dtype) for x in sizes]
+    else:
+        keys = jax.random.split(jax.random.key(0), 3)
+        arrays = [jax.random.normal(key, x, dtype) for key, x in zip(keys, sizes, strict=True)]
     mask = options.pop("key_mask", None)
     if mask == "half":
         mask = jnp.broadcast_to(jnp.arange(S) < S // 2, (B, S))
@@ -65,12 +69,35 @@ def inputs(shape: tuple[Any, ...], dtype: str) -> Inputs:
     if segments is not None:
         ends = np.sort(rng.integers(1, T, (B, segments - 1)))
         segments = jnp.asarray((np.arange(T)[None, :, None] >= ends[:, None, :]).sum(-1), jnp.int32)
-    if options.pop("poison", False):
+    if options.pop("poison", False) and not abstract:
         arrays[1:] = [jnp.where(mask[:, :, None, None], x, jnp.nan).astype(dtype) for x in arrays[1:]]
     operands = Operands(*arrays, key_mask=mask, q_offset=offset)
-    problem, operands, _ = normalize(operands, segments, order="BTND", **options)
-    operands = arrange(problem, operands)
+    problem, operands, _ = normalize(operands, segments, order="BTND", abstract=abstract, **options)
+
+    def arranged(operands):
+        return arrange(problem, operands)
+
+    operands = jax.eval_shape(arranged, operands) if abstract else arranged(operands)
     return Inputs(problem, operands, options.get("causal", False), options.get("window"))
+
+
+def given_of(job: dict[str, Any], abstract: bool = False) -> Inputs:
+    """The inputs of a job."""
+    table = CHECKS if job["kind"] == "check" else SHAPES
+    return inputs(table[job["shape"]], job.get("dtype", "bfloat16"), abstract)
+
+
+def exported(job: dict[str, Any]) -> bytes | str:
+    """A job's program, lowered for CUDA in a process that has no GPU; or why it has none."""
+    import jax
+
+    try:
+        given = given_of(job, abstract=True)
+        checks = [jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
+        export = jax.export.export(jax.jit(function(job, given)), platforms=["cuda"], disabled_checks=checks)
+        return bytes(export(*given.operands.present()).serialize())
+    except Exception as problem:
+        return f"{type(problem).__name__}: {problem}"[:600]
 
 
 def visible_pairs(given: Inputs) -> int:
@@ -117,7 +144,7 @@ def function(job: dict[str, Any], given: Inputs) -> Any:
     reason = _configs.too_large(p, config)
     if reason is not None:
         raise ValueError(reason)
-    device = Device("cuda", jax.devices()[0].device_kind)
+    device = Device("cuda", "NVIDIA H100")
 
     def ours(*arrays):
         return _forward.forward(p, Operands.given(p, arrays), device, config=config)
@@ -188,6 +215,11 @@ def checked(job: dict[str, Any], given: Inputs, compiled: Any) -> dict[str, Any]
 _SPEAKING = threading.Lock()
 
 
+def without_gpu() -> None:
+    """Keeps a process that only lowers off the GPU."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+
+
 def say(**event: Any) -> None:
     """One line to the parent."""
     with _SPEAKING:
@@ -199,46 +231,45 @@ def work(todo: list[dict[str, Any]], threads: int) -> None:
     import jax
 
     shared: dict[tuple[str, str, str], Inputs] = {}
-    lock = threading.Lock()
+    spawn = multiprocessing.get_context("spawn")
+    lowering = concurrent.futures.ProcessPoolExecutor(threads, spawn, initializer=without_gpu)
+    ours = [job for job in todo if job["kind"] != "cudnn"]
+    programs = {job["id"]: lowering.submit(exported, job) for job in ours}
 
     def inputs_of(job):
         kind, dtype = ("check" if job["kind"] == "check" else "shape"), job.get("dtype", "bfloat16")
-        with lock:
-            key = (kind, job["shape"], dtype)
-            if key not in shared:
-                table = CHECKS if kind == "check" else SHAPES
-                shared[key] = inputs(table[job["shape"]], dtype)
-            return shared[key]
+        key = (kind, job["shape"], dtype)
+        if key not in shared:
+            shared[key] = given_of(job)
+        return shared[key]
 
-    def warm(job):
+    def compiled_of(job):
         try:
-            given = inputs_of(job)
-            f = function(job, given)
-            say(began=job["id"])
-            start = time.perf_counter()
-            arrays = given.operands.present()
-            compiled = jax.jit(f).lower(*arrays).compile()
-            say(warm=job["id"], seconds=time.perf_counter() - start)
-            return given, compiled
+            if job["kind"] == "cudnn":
+                given = given_of(job, abstract=True)
+                f, shapes = function(job, given), given.operands.present()
+            else:
+                program = programs[job["id"]].result()
+                if isinstance(program, str):
+                    raise ValueError(program)
+                export = jax.export.deserialize(program)
+                f, shapes = export.call, export.in_avals
+            return jax.jit(f).lower(*shapes).compile()
         except Exception as problem:
-            say(
-                failed=job["id"],
-                why=f"{type(problem).__name__}: {problem}"[:600],
-                at=traceback.format_exc()[-800:],
-            )
+            say(failed=job["id"], why=f"{type(problem).__name__}: {problem}"[:600], at="")
             return None
 
     for first in range(0, len(todo), BATCH):
         batch = todo[first : first + BATCH]
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-            ready = list(pool.map(warm, batch))
-        for job, found in zip(batch, ready, strict=True):
-            if found is None:
+            ready = list(pool.map(compiled_of, batch))
+        for job, compiled in zip(batch, ready, strict=True):
+            if compiled is None:
                 continue
             say(began=job["id"])
             try:
                 measure = checked if job["kind"] == "check" else timed
-                say(done=job["id"], result=measure(job, *found))
+                say(done=job["id"], result=measure(job, inputs_of(job), compiled))
             except Exception as problem:
                 say(failed=job["id"], why=f"{type(problem).__name__}: {problem}"[:600], at="")
         for key in [k for k in shared if k[0] == "check"]:
@@ -251,11 +282,11 @@ def work(todo: list[dict[str, Any]], threads: int) -> None:
 class Run:
     """The results so far, kept in a file."""
 
-    def __init__(self, out: pathlib.Path, budget: float, patience: float):
+    def __init__(self, out: pathlib.Path, budget: float, patience: float, only: set[str]):
         self.out, self.patience = out, patience
         self.begun = time.monotonic()
         self.deadline = self.begun + budget
-        self.jobs = {job["id"]: job for job in jobs()}
+        self.jobs = {job["id"]: job for job in jobs() if not only or {job["kind"], job["shape"]} & only}
         self.left = list(self.jobs)
         self.results: list[dict[str, Any]] = []
         self.machine: dict[str, Any] = {}
@@ -330,11 +361,9 @@ class Run:
             self.machine = event["machine"]
         if "began" in event:
             running.append(event["began"])
-        for name in ("warm", "failed", "done"):
+        for name in ("failed", "done"):
             if event.get(name) in running:
                 running.remove(event[name])
-        if "warm" in event:
-            self.jobs[event["warm"]]["compile_seconds"] = round(event["seconds"], 2)
         if "failed" in event:
             self.finish(event["failed"], error=event["why"], at=event["at"])
         if "done" in event:
@@ -367,10 +396,11 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("hopper.json"))
     parser.add_argument("--seconds", type=float, default=450, help="stop after this time")
     parser.add_argument("--patience", type=float, default=75, help="seconds without news that mean a hang")
+    parser.add_argument("--only", default="", help="kinds of jobs or shapes, by comma; all by default")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker is None:
-        run = Run(args.out, args.seconds, args.patience)
+        run = Run(args.out, args.seconds, args.patience, set(filter(None, args.only.split(","))))
         run.all()
         summary(run.results)
         return

@@ -81,7 +81,6 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         *({"overlap": o, "pingpong": p} for o, p in ((True, False), (False, True))),
         {"persistent": False},
         {"persistent": False, "section": None},
-        {"zigzag": False},
         *({"section": s} for s in (None, 1, 2, 8)),
         {"lane": True},
     ],
@@ -117,7 +116,6 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "512-causal": [
         {"persistent": False},
         {"section": None},
-        {"zigzag": False},
         {"block_kv": 64, "stages": 4},
     ],
     "2k-causal": [{"persistent": False}, {"section": None}, {"section": 1}],

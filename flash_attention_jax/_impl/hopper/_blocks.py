@@ -43,13 +43,18 @@ def rem(x: Any, y: int) -> Any:
     return x % y if isinstance(x, int) else lax.rem(x, jnp.int32(y))
 
 
+def least(x: Any, y: Any) -> Any:
+    """The lesser of two ints, traced or not."""
+    return min(x, y) if isinstance(x, int) and isinstance(y, int) else jnp.minimum(x, y)
+
+
 class Tables(NamedTuple):
     """Arrays beside q, k and v that the kernel reads; each is None where the problem has no use for it.
 
     Shapes, with b being 1 or B: `offsets` (b,); `key_mask` (b, S'); `q_segments` (b, T');
     `kv_segments` (b, S'); `counts` (b, tiles, 2), blocks that are visible in part and in all;
-    `visits` (b, tiles, blocks), the indices of these blocks, those visible in part first. All int32;
-    S' and T' are S and T rounded up to whole blocks.
+    `visits` (b, tiles, blocks), the indices of these blocks, those visible in part first; `schedule` as
+    `_schedule.schedule` makes it. All int32; S' and T' are S and T rounded up to whole blocks.
     """
 
     offsets: Array = None
@@ -58,9 +63,10 @@ class Tables(NamedTuple):
     kv_segments: Array = None
     counts: Array = None
     visits: Array = None
+    schedule: Array = None
 
 
-def tables(problem: Problem, operands: Operands, config: Config) -> Tables:
+def tables(problem: Problem, operands: Operands, config: Config, schedule: Array = None) -> Tables:
     """What the kernel reads, made from canonical operands by XLA."""
     p, c = problem, config
     counts = visits = None
@@ -75,6 +81,7 @@ def tables(problem: Problem, operands: Operands, config: Config) -> Tables:
         _padded(kv_segments, c.block_kv),
         counts,
         visits,
+        None if schedule is None else jnp.asarray(schedule),
     )
 
 
@@ -153,20 +160,20 @@ class Plan:
         """Whether the last block of keys is short."""
         return self.problem.S % self.config.block_kv != 0
 
-    def rounds(self, block: Any) -> Any:
+    def rounds(self, refs: Tables, block: Any) -> Any:
         """How many tiles a thread block takes."""
-        last = self.tiles // self.blocks
-        return jnp.int32(last) + (self._nth(block, last) < self.tiles).astype(jnp.int32)
+        if refs.schedule is not None:
+            return refs.schedule[block + 1] - refs.schedule[block]
+        return ceil_div(self.tiles - block, self.blocks)
 
-    def _nth(self, block: Any, n: Any) -> Any:
-        back = rem(n, 2) == 1
-        there = n * self.blocks + block
-        if not self.config.zigzag:
-            return there
-        return jnp.where(back, n * self.blocks + (self.blocks - 1 - block), there)
+    def tile(self, refs: Tables, block: Any, n: Any) -> tuple[Any, Any, Any]:
+        """Batch element, query head and row tile of the nth tile of a thread block."""
+        if refs.schedule is not None:
+            return self.place(refs.schedule[self.blocks + 1 + refs.schedule[block] + n])
+        return self.place(n * self.blocks + block)
 
-    def tile(self, block: Any, n: Any) -> tuple[Any, Any, Any]:
-        """Batch element, query head and row tile of the nth tile of a thread block.
+    def place(self, tile: Any) -> tuple[Any, Any, Any]:
+        """Batch element, query head and row tile of a tile.
 
         Heads are taken by sections. In a section, tiles of the same rows of all its heads are neighbours,
         and causal problems begin with the last rows, which see most.
@@ -174,13 +181,12 @@ class Plan:
         p = self.problem
         heads = p.B * p.N
         section = min(self.config.section or heads, heads)
-        at = self._nth(block, n)
-        of = div(at, section * self.tiles_t)
-        at = at - of * (section * self.tiles_t)
+        of = div(tile, section * self.tiles_t)
+        tile = tile - of * (section * self.tiles_t)
         # The last section may have fewer heads.
-        here = jnp.minimum(section, heads - of * section)
-        row = lax.div(at, here)
-        head = of * section + (at - row * here)
+        here = least(section, heads - of * section)
+        row = tile // here if isinstance(tile, int) else lax.div(tile, here)
+        head = of * section + (tile - row * here)
         if p.right is not None:
             row = self.tiles_t - 1 - row
         return div(head, p.N), rem(head, p.N), row
@@ -190,7 +196,7 @@ class Plan:
         if refs.counts is not None:
             b = shared(refs.counts, batch)
             return Visits(refs.counts[b, row, 0], refs.counts[b, row, 1], lambda i: refs.visits[b, row, i])
-        return self._band_visits(self.offset(refs, batch), row)
+        return self.band_visits(self.offset(refs, batch), row)
 
     def offset(self, refs: Tables, batch: Any) -> Any:
         """Position of the first query."""
@@ -198,7 +204,8 @@ class Plan:
             return self.problem.q_offset or 0
         return refs.offsets[shared(refs.offsets, batch)]
 
-    def _band_visits(self, offset: Any, row: Any) -> Visits:
+    def band_visits(self, offset: Any, row: Any) -> Visits:
+        """The visits of a tile of a band whose first query is at `offset`."""
         p, width = self.problem, self.config.block_kv
         first = row * self.config.tile_q
         last = jnp.minimum(first + self.config.tile_q, p.T) - 1

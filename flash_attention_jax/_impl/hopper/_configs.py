@@ -33,7 +33,6 @@ class Config:
         overlap: whether the next QK^T is issued before the softmax of this block is computed.
         pingpong: whether consumers take turns at issuing matrix products.
         persistent: whether a thread block stays on its multiprocessor and takes tile after tile.
-        zigzag: whether persistent blocks take their tiles there and back again.
         section: heads whose tiles are ordered together, longest first; None is all heads.
         out_slots: pieces of 64 rows of the result that a consumer may have on their way out.
         lane: whether Mosaic lowers thread by thread instead of warpgroup by warpgroup.
@@ -46,7 +45,6 @@ class Config:
     overlap: bool = True
     pingpong: bool = True
     persistent: bool = True
-    zigzag: bool = True
     section: int | None = None
     out_slots: int = 2
     lane: bool = False
@@ -115,7 +113,18 @@ def choose_config(problem: Problem) -> Config:
     config = next(config for limit, config in _TABLE if widest <= limit)
     consumers = min(config.consumers, -(-problem.T // config.block_q))
     stages = min(config.stages, max(2, -(-problem.S // config.block_kv)))
-    return dataclasses.replace(config, consumers=consumers, stages=stages, section=_section(problem))
+    # Where costs are not known in advance, the device gives out tiles one by one.
+    persistent = not problem.masked or static_band(problem)
+    section = _section(problem)
+    return dataclasses.replace(
+        config, consumers=consumers, stages=stages, persistent=persistent, section=section
+    )
+
+
+def static_band(problem: Problem) -> bool:
+    """Whether nothing but sizes and static options decides what is visible."""
+    p = problem
+    return p.offsets is None and p.key_mask is None and p.segments is None
 
 
 # Half of the H200's second cache level: K and V of the heads whose tiles run side by side should stay there.

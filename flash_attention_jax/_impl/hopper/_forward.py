@@ -13,6 +13,7 @@ from flash_attention_jax._impl.hopper._blocks import Plan, Tables, launched, mul
 from flash_attention_jax._impl.hopper._configs import Config, choose_config
 from flash_attention_jax._impl.hopper._kernel import Arrays, attend
 from flash_attention_jax._impl.hopper._memory import Memory, scratch
+from flash_attention_jax._impl.hopper._schedule import schedule
 from flash_attention_jax._problem import Operands, Problem
 
 
@@ -37,7 +38,7 @@ def forward(
     config = choose_config(p) if config is None else config
     blocks = launched(p, config, multiprocessors()) if blocks is None else blocks
     plan = Plan(p, config, blocks)
-    given = tables(p, operands, config)
+    given = tables(p, operands, config, schedule(plan))
     present = [name for name, x in given._asdict().items() if x is not None]
     # Plain copies of rows of numbers are cut off at the end of the array only, so each must have its room.
     length = -(-p.T // config.block_q) * config.block_q

@@ -95,12 +95,12 @@ def _over_tiles(plan: Plan, arrays: Arrays, body: Any) -> None:
     block = lax.axis_index("block")
 
     def tile(n, count):
-        batch, head, row = plan.tile(block, n)
+        batch, head, row = plan.tile(arrays.tables, block, n)
         visits = plan.visits(arrays.tables, batch, row)
         body(batch, head, row, visits, count)
         return count + visits.seen
 
-    lax.fori_loop(jnp.int32(0), plan.rounds(block), tile, jnp.int32(0))
+    lax.fori_loop(jnp.int32(0), plan.rounds(arrays.tables, block), tile, jnp.int32(0))
 
 
 def produce(plan: Plan, arrays: Arrays, memory: Memory) -> None:
@@ -291,7 +291,9 @@ class Consumer:
         plgpu.barrier_arrive(self.memory.q_free)
         return State.of(flat)
 
-    def _step_alone(self, state: State, place: Place, visits: Visits, count: Any, i: Any, masked: bool) -> State:
+    def _step_alone(
+        self, state: State, place: Place, visits: Visits, count: Any, i: Any, masked: bool
+    ) -> State:
         """Algorithm 1 for one block: logits, softmax and sums after each other."""
         p, m = self.plan.problem, self.memory
         at = self._at(count + i)
