@@ -59,68 +59,33 @@ CHECKS: dict[str, tuple[Any, ...]] = {
     "negative-scale": (1, 300, 300, 4, 4, 64, 64, {"scale": -0.4, "causal": True}),
 }
 
-_D128 = [
-    dict(block_kv=kv, stages=stages, consumers=consumers, out_slots=1)
-    for kv, stages, consumers in ((128, 2, 2), (64, 4, 2), (64, 3, 3), (192, 1, 2), (128, 2, 1))
-]
+_WIDER = {"block_kv": 160, "value_tile": 32, "out_slots": 1}
 # What is varied: fields of `Config`, beside the table's choice.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "d128": [
-        *_D128,
-        *({"overlap": o, "pingpong": p} for o, p in ((True, False), (False, True), (False, False))),
-        {"persistent": False},
-        {"lane": True},
-        {"lane": True, "pingpong": False},
+        _WIDER,
+        {"pingpong": False},
         {"section": None},
         {"section": 4},
-        {"out_slots": 1},
-        {"block_q": 128, "block_kv": 64, "consumers": 1, "stages": 3},
+        {"block_kv": 96, "value_tile": 32},
     ],
     "d128-causal": [
-        *_D128[1:3],
-        *({"overlap": o, "pingpong": p} for o, p in ((True, False), (False, True))),
         {"persistent": False},
-        {"persistent": False, "section": None},
-        *({"section": s} for s in (None, 1, 2, 8)),
-        {"lane": True},
-    ],
-    "d64": [
-        {"block_kv": 128, "consumers": 2},
-        {"block_kv": 64, "consumers": 3},
-        {"block_kv": 192, "consumers": 2, "stages": 3},
-        {"block_kv": 256, "consumers": 2, "stages": 2},
-        {"block_q": 128, "block_kv": 64, "consumers": 2},
+        *({"section": s} for s in (1, 2, 4, 8, None)),
         {"pingpong": False},
-        {"overlap": False},
-        {"persistent": False},
-        {"lane": True},
-        {"stages": 2},
     ],
-    "d64-causal": [
-        {"block_kv": 128, "consumers": 2},
-        {"block_kv": 64, "consumers": 3},
-        {"pingpong": False},
-        {"persistent": False},
-        *({"section": s} for s in (None, 1, 4, 16)),
-    ],
-    "d256": [
-        {"pingpong": False},
-        {"overlap": False},
-        {"overlap": False, "pingpong": False},
-        {"persistent": False},
-        {"lane": True},
-        {"block_kv": 64, "stages": 3, "consumers": 1},
-    ],
-    "d256-causal": [{"pingpong": False}, {"persistent": False}, *({"section": s} for s in (None, 1, 4))],
-    "512": [{"persistent": False}, {"section": None}, {"block_kv": 64, "stages": 4}, {"consumers": 1}],
-    "512-causal": [
-        {"persistent": False},
-        {"section": None},
-        {"block_kv": 64, "stages": 4},
-    ],
-    "2k-causal": [{"persistent": False}, {"section": None}, {"section": 1}],
-    "gqa-causal": [{"section": None}, {"section": 4}, {"section": 16}],
-    "window": [{"block_kv": 64, "stages": 4}, {"section": None}, {"section": 1}, {"persistent": False}],
+    "d64": [{**_WIDER, "consumers": 2}, {"section": None}, {"section": 4}, {"stages": 3}],
+    "d64-causal": [{"persistent": False}, *({"section": s} for s in (2, 12, None)), {"pingpong": False}],
+    "d256": [{"section": None}, {"section": 2}],
+    "d256-causal": [{"persistent": False}, *({"section": s} for s in (2, 4, None)), {"pingpong": False}],
+    "4k-causal": [{"persistent": False}, *({"section": s} for s in (4, 16, None))],
+    "2k-causal": [{"persistent": False}, *({"section": s} for s in (4, 16, None))],
+    "512": [{"section": 4}, {"section": 16}],
+    "512-causal": [{"section": 16}, {"section": None}, {"block_kv": 64, "stages": 4}],
+    "gqa-causal": [{"section": 4}, {"section": None}],
+    "window": [{"section": 4}, {"section": 16}],
+    "documents": [{"persistent": True}, {"section": 1}, {"section": None}],
+    "half-key-mask": [{"persistent": True}, {"section": None}],
 }
 
 

@@ -16,7 +16,7 @@ _REGISTERS = 64 * 1024
 _LONGEST_BOX = 256
 # `setmaxnreg` for consumers and producer, by the number of consumers; 128 threads of each fill the file. With
 # one consumer every thread has enough from the beginning.
-REGISTERS = {1: (240, 40), 2: (232, 40), 3: (160, 32)}
+REGISTERS = {1: (240, 40), 2: (240, 24), 3: (160, 32)}
 # Of one consumer thread, beside accumulators and probabilities: addresses, statistics, indices.
 _OTHER_REGISTERS = 24
 
@@ -27,7 +27,7 @@ class Config:
 
     Attributes:
         block_q: query rows of one consumer warpgroup, a multiple of 64.
-        block_kv: keys of one block, a multiple of 64.
+        block_kv: keys of one block, a multiple of 64 (of `value_tile` without masks).
         stages: K and V blocks that the ring in shared memory holds.
         consumers: warpgroups that compute, 1 to 3; each has `block_q` rows of the tile.
         overlap: whether the next QK^T is issued before the softmax of this block is computed.
@@ -35,6 +35,7 @@ class Config:
         persistent: whether a thread block stays on its multiprocessor and takes tile after tile.
         section: heads whose tiles are ordered together, longest first; None is all heads.
         out_slots: pieces of 64 rows of the result that a consumer may have on their way out.
+        value_tile: columns of one swizzled tile of V, 64 or 32; `block_kv` is a multiple of it.
         lane: whether Mosaic lowers thread by thread instead of warpgroup by warpgroup.
     """
 
@@ -47,6 +48,7 @@ class Config:
     persistent: bool = True
     section: int | None = None
     out_slots: int = 2
+    value_tile: int = 64
     lane: bool = False
 
     @property
@@ -97,6 +99,12 @@ def chunks(problem: Problem, dim: int) -> Chunks:
     return Chunks(width=tile, count=-(-dim // tile), tile=tile, tiled=False)
 
 
+def value_chunks(problem: Problem, config: Config) -> Chunks:
+    """The layout of v."""
+    of = chunks(problem, problem.Dv)
+    return dataclasses.replace(of, tile=config.value_tile) if of.tiled else of
+
+
 # Not measured yet: the sizes of FlashAttention-3 (arXiv 2407.08608) as far as a multiple of 64 keys and the
 # shared memory of separate output slots allow. By padded max(D, Dv).
 _TABLE: tuple[tuple[int, Config], ...] = (
@@ -142,7 +150,7 @@ def _section(problem: Problem) -> int | None:
 
 def shared_bytes(problem: Problem, config: Config) -> int:
     """Shared memory of a thread block, each buffer rounded up to 1024 bytes."""
-    c, of_k, of_v = config, chunks(problem, problem.D), chunks(problem, problem.Dv)
+    c, of_k, of_v = config, chunks(problem, problem.D), value_chunks(problem, config)
     buffers = [
         2 * c.tile_q * of_k.columns,
         2 * c.stages * c.block_kv * of_k.columns,

@@ -47,7 +47,7 @@ def forward(
     def body(*refs, **buffers):
         q, k, v, *of_tables, out, lse = refs
         read = Tables(**dict(zip(present, of_tables, strict=True)))
-        memory = Memory.of(p, buffers, interpret is not None)
+        memory = Memory.of(p, config, buffers, interpret is not None)
         attend(plan, Arrays(q, k, v, out, lse, read), memory)
 
     out, lse = plgpu.kernel(

@@ -9,7 +9,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from flash_attention_jax._impl.hopper._configs import Chunks, Config, chunks
+from flash_attention_jax._impl.hopper._configs import Chunks, Config, chunks, value_chunks
 from flash_attention_jax._problem import Problem
 
 
@@ -30,7 +30,7 @@ def _names(ref: Any, of: Chunks, interpreted: bool) -> tuple[Any, Any]:
 def scratch(problem: Problem, config: Config, interpreted: bool) -> dict[str, Any]:
     """The buffers and barriers of a thread block, by name; `Memory` says what they are."""
     p, c = problem, config
-    of_k, of_v = chunks(p, p.D), chunks(p, p.Dv)
+    of_k, of_v = chunks(p, p.D), value_chunks(p, c)
 
     def buffer(of, *shape):
         return _swizzled((*shape, of.width), p.dtype, of, interpreted)
@@ -125,9 +125,9 @@ class Memory:
     weights: Any = None
 
     @classmethod
-    def of(cls, problem: Problem, refs: dict[str, Any], interpreted: bool) -> Memory:
+    def of(cls, problem: Problem, config: Config, refs: dict[str, Any], interpreted: bool) -> Memory:
         """From the references to what `scratch` named."""
-        of_k, of_v = chunks(problem, problem.D), chunks(problem, problem.Dv)
+        of_k, of_v = chunks(problem, problem.D), value_chunks(problem, config)
         layouts = {"q": of_k, "k": of_k, "v": of_v, "out": pieces(of_v)}
         rows = {name: Rows.named(refs[name], of, interpreted) for name, of in layouts.items()}
         return cls(**refs | rows)
