@@ -230,6 +230,9 @@ def work(todo: list[dict[str, Any]], threads: int) -> None:
     """Compiles a batch of jobs side by side, then runs and measures one after the other."""
     import jax
 
+    # For its side effect: it tells XLA where the library is that compiled kernels call.
+    import jax.experimental.mosaic.gpu  # noqa: F401
+
     shared: dict[tuple[str, str, str], Inputs] = {}
     spawn = multiprocessing.get_context("spawn")
     lowering = concurrent.futures.ProcessPoolExecutor(threads, spawn, initializer=without_gpu)
