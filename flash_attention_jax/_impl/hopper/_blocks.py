@@ -92,9 +92,13 @@ def _visits(problem: Problem, operands: Operands, config: Config) -> tuple[Array
         last = cover[..., -1]
         cover = cover.at[..., -1].set(jnp.where(last == Cover.ALL, jnp.int8(Cover.PART), last))
     partial, seen = cover == Cover.PART, cover != Cover.NONE
-    rank = jnp.where(partial, 0, jnp.where(seen, 1, 2)).astype(jnp.int8)
     counts = jnp.stack([x.sum(-1, dtype=jnp.int32) for x in (partial, seen)], axis=-1)
-    return counts, jnp.argsort(rank, axis=-1, stable=True).astype(jnp.int32)
+    # Block j is visit `rank[j]`. To ask every visit for its block is faster on a GPU than to sort.
+    ranks = [jnp.cumsum(x, axis=-1, dtype=jnp.int32) - 1 for x in (partial, seen & ~partial)]
+    rank = jnp.where(partial, ranks[0], jnp.where(seen, ranks[1] + counts[..., :1], -1))
+    block = lax.broadcasted_iota(jnp.int32, cover.shape, cover.ndim - 1)
+    visits = jnp.where(rank[..., None, :] == block[..., :, None], block[..., None, :], 0).sum(-1)
+    return counts, visits.astype(jnp.int32)
 
 
 def _as_int32(q_segments: Array, kv_segments: Array) -> tuple[Array, Array]:
