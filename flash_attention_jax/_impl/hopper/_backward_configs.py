@@ -13,8 +13,8 @@ from flash_attention_jax._problem import Problem
 
 # `setmaxnreg` for consumers and producer, by the number of consumers; see `_configs.REGISTERS`.
 REGISTERS = {1: (240, 40), 2: (240, 24), 3: (160, 24)}
-# Of one consumer thread, beside accumulators and probabilities: addresses, statistics, indices.
-_OTHER_REGISTERS = 24
+# Of one consumer thread, beside accumulators: addresses, statistics, indices.
+_OTHER_REGISTERS = 40
 _LONGEST_BOX = 256
 
 
@@ -29,6 +29,7 @@ class BackwardConfig:
         stages_q, stages_do: blocks of Q and of dO that their rings in shared memory hold.
         slots_ds: blocks of dS in shared memory, 1 or 2; with 2 no consumer waits for one to become free.
         slots_dq: pieces of 64 rows of dQ that a consumer may have on their way out.
+        early_lse: whether lse is read before the logits are there; registers hold it meanwhile.
         persistent: whether a thread block stays on its multiprocessor and takes tile after tile.
         zigzag: whether persistent blocks take their tiles there and back again.
         section: heads whose tiles are ordered together, longest first; None is all heads.
@@ -42,6 +43,7 @@ class BackwardConfig:
     stages_do: int = 2
     slots_ds: int = 2
     slots_dq: int = 1
+    early_lse: bool = False
     persistent: bool = False
     zigzag: bool = True
     section: int | None = None
@@ -142,8 +144,8 @@ def registers(problem: Problem, config: BackwardConfig) -> int:
     columns = chunks(problem, problem.D).columns + chunks(problem, problem.Dv).columns
     sums = config.keys * columns / 128
     block = config.keys * config.block_q / 128
-    # P and dP in 32 bits, P once more in 16, and a value of each column.
-    return math.ceil(sums + 2.5 * block) + _OTHER_REGISTERS
+    # P and dP, which then become 16 bits and leave room for dQ.
+    return math.ceil(sums + 2 * block) + _OTHER_REGISTERS
 
 
 def too_large_backward(problem: Problem, config: BackwardConfig) -> str | None:
@@ -157,3 +159,11 @@ def too_large_backward(problem: Problem, config: BackwardConfig) -> str | None:
     if needed > most:
         return f"tiles take {needed} registers of a thread, it has {most}"
     return None
+
+
+def refuses_backward(problem: Problem) -> str | None:
+    """Why the backward kernel does not run a problem that the forward kernel runs, or None."""
+    config = choose_backward_config(problem)
+    if config is None:
+        return f"it takes head dims up to {_TABLE[-1][0]}, not {max(problem.D, problem.Dv)}"
+    return too_large_backward(problem, config)

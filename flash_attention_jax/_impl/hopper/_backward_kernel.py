@@ -241,8 +241,11 @@ class BackwardConsumer:
         if masked and self.arrays.dead is not None:
             dead = self.arrays.dead[tile.place.batch, head, block] != 0
             pl.when(dead)(lambda: self._repair_queries(slots))
-        seen = seen_by_block(plan, self.arrays.tables, tile.place, block) if masked else None
-        weights, slopes = self._weights_and_slopes(slots, seen)
+
+        def seen():
+            return seen_by_block(plan, self.arrays.tables, tile.place, block)
+
+        weights, slopes = self._weights_and_slopes(slots, seen if masked else None)
         if self.arrays.dq is not None:
             self._share_slopes(slopes, slots.ds)
         start = ((tile.place.batch * plan.problem.N + head) * plan.length) + block * c.block_q
@@ -251,56 +254,64 @@ class BackwardConsumer:
         return sums
 
     def _weights_and_slopes(self, slots: Slots, seen: Any) -> tuple[Array, Array]:
-        """P^T and dS^T in 16 bits."""
+        """P^T and dS^T in 16 bits; seen() says what is visible, and is None where everything is."""
         p, c, m = self.plan.problem, self.plan.config, self.memory
         shape = (c.keys, c.block_q)
-        lse, delta = (load(m.statistics.at[slots.q, i], layout=COLUMNS) for i in (_LSE, _DELTA))
-        lse, delta = (lax.broadcast_in_dim(x, shape, [1]) for x in (lse, delta))
+
+        def statistic(i):
+            values = load(m.statistics.at[slots.q, i], layout=COLUMNS)
+            return lax.broadcast_in_dim(values, shape, [1])
 
         def issue(products, gradients):
             self._issue_logits(products, slots.q)
             self._issue_weight_gradients(gradients, slots.do)
+            early = statistic(_LSE) if c.early_lse else None
             x = plgpu.wgmma_accumulator_load(products, wait_n=m.v.of.count)
             # Nothing of the softmax may move before the wait, which the compiler cannot tell.
-            return self._softmax(lax.optimization_barrier(x), lse, seen)
+            x = lax.optimization_barrier(x)
+            return self._softmax(x, statistic(_LSE) if early is None else early, seen)
 
+        delta = statistic(_DELTA)
         if self.interpreted:
 
             def scoped(products, gradients):
-                return *issue(products, gradients), gradients[...]
+                return issue(products, gradients), gradients[...]
 
             acc = plgpu.WGMMAAccumulatorRef(shape)
-            weights, slope, gradients = pl.run_scoped(scoped, acc, acc)
+            found, gradients = pl.run_scoped(scoped, acc, acc)
             # The interpreter's accumulators start at 0.
             gradients = gradients + delta
         else:
 
             def stateful(refs):
-                products, gradients, weights, slope = refs
-                weights[...], slope[...] = issue(products, gradients)
+                products, gradients, results = refs
+                for ref, x in zip(results, issue(products, gradients), strict=True):
+                    ref[...] = x
 
             zero = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), _WGMMA)
             starts = (zero, plgpu.layout_cast(delta, _WGMMA))
             accs = (plgpu.WGMMAAccumulatorRef.init(x) for x in starts)
-            results = (zero.astype(p.dtype), zero)
-            _, gradients, weights, slope = pl.run_state(stateful)((*accs, *results))
+            results = [zero] if p.softcap is None else [zero, zero.astype(p.dtype)]
+            _, gradients, found = pl.run_state(stateful)((*accs, results))
+        slope, weights = (*found, found[0])[:2]
         slopes = slope * gradients
         if seen is not None:
             slopes = jnp.where(slope == 0, 0.0, slopes)
-        return weights, slopes.astype(p.dtype)
+        return weights.astype(p.dtype), slopes.astype(p.dtype)
 
-    def _softmax(self, x: Array, lse: Array, seen: Any) -> tuple[Array, Array]:
-        """P^T in 16 bits, and P^T times the derivative of the logits by scale * S^T, float32."""
+    def _softmax(self, x: Array, lse: Array, seen: Any) -> list[Array]:
+        """P^T times the derivative of the logits by scale * S^T, float32; with a softcap P^T in 16 bits too."""
         p = self.plan.problem
         x, factor = _softmax.logits(p, x)
         weights = jnp.exp2(x * factor - lse)
         slope = weights if p.softcap is None else weights * (1 - x * x)
         if seen is not None:
-            weights, slope = (jnp.where(seen, y, 0.0) for y in (weights, slope))
-        return weights.astype(p.dtype), slope
+            kept = seen()
+            weights, slope = (jnp.where(kept, y, 0.0) for y in (weights, slope))
+        return [slope] if p.softcap is None else [slope, weights.astype(p.dtype)]
 
     def _share_slopes(self, slopes: Array, slot: Any) -> None:
-        """Writes this consumer's rows of dS^T to shared memory."""
+        """Writes this consumer's rows of dS^T to shared memory, and waits for those of the others."""
         c, m = self.plan.config, self.memory
         if c.slots_ds == 1:
             # All must have read the block before.
@@ -309,6 +320,9 @@ class BackwardConsumer:
             m.ds[slot, group, self._keys] = slopes[:, group * 64 : (group + 1) * 64]
         plgpu.commit_smem()
         plgpu.barrier_arrive(m.ds_full.at[slot])
+        # Not between products: where there is a branch while some are under way, ptxas serializes every
+        # `wgmma` of the kernel (C7513).
+        plgpu.barrier_wait(m.ds_full.at[slot])
 
     def _gradients(self, sums: Any, weights: Array, slopes: Array, slots: Slots, send: Any) -> Any:
         """dK and dV with those of this block added; send(values) has this consumer's share of dQ."""
@@ -326,7 +340,6 @@ class BackwardConsumer:
             for chunk, acc in enumerate(dv):
                 plgpu.wgmma(acc, left[0], m.do.tiles.at[slots.do, chunk])
             if wanted:
-                plgpu.barrier_wait(m.ds_full.at[slots.ds])
                 self._issue_query_gradients(dq, part, slots.ds)
             for chunk, acc in enumerate(dk):
                 plgpu.wgmma(acc, left[1], m.q.tiles.at[slots.q, chunk])
@@ -394,9 +407,10 @@ class BackwardConsumer:
         """Adds this consumer's share of a block of dQ, whose first row is `start`."""
         c, m = self.plan.config, self.memory
         part, of = share(self.plan.problem, c), m.k.of
-        beyond = not part.by_rows and of.count % c.consumers != 0
+        # TMA leaves out columns beyond the array; the interpreter does not.
+        guarded = self.interpreted and not part.by_rows and of.count % c.consumers != 0
         pieces = len(values) * of.width // of.tile
-        slots = c.slots_dq if pieces % c.slots_dq == 0 and not beyond else 1
+        slots = c.slots_dq if pieces % c.slots_dq == 0 else 1
         into = self.arrays.dq.at[row] if self.interpreted else self.arrays.dq
         how = {} if self.interpreted else {"reduction_op": "add"}
         sent = 0
@@ -412,7 +426,7 @@ class BackwardConsumer:
                 def copy(slot=slot, to=to):
                     plgpu.copy_smem_to_gmem(m.dq.at[self.own, slot], to, **how)
 
-                pl.when(chunk < of.count)(copy) if beyond else copy()
+                pl.when(chunk < of.count)(copy) if guarded else copy()
                 sent += 1
 
     def _give_out(self, batch: Any, head: Any, first: Any, dk: Any, dv: Any) -> None:
