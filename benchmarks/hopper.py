@@ -24,7 +24,7 @@ from typing import Any
 
 from hopper_cases import CHECKS, SHAPES, jobs
 
-BATCH = 16
+BATCH = 48
 
 # The worker.
 
@@ -195,7 +195,7 @@ def say(**event: Any) -> None:
 
 
 def work(todo: list[dict[str, Any]], threads: int) -> None:
-    """Compiles a batch of jobs side by side and runs each once, then measures one after the other."""
+    """Compiles a batch of jobs side by side, then runs and measures one after the other."""
     import jax
 
     shared: dict[tuple[str, str, str], Inputs] = {}
@@ -218,7 +218,6 @@ def work(todo: list[dict[str, Any]], threads: int) -> None:
             start = time.perf_counter()
             arrays = given.operands.present()
             compiled = jax.jit(f).lower(*arrays).compile()
-            jax.block_until_ready(compiled(*arrays))
             say(warm=job["id"], seconds=time.perf_counter() - start)
             return given, compiled
         except Exception as problem:
@@ -254,7 +253,8 @@ class Run:
 
     def __init__(self, out: pathlib.Path, budget: float, patience: float):
         self.out, self.patience = out, patience
-        self.deadline = time.monotonic() + budget
+        self.begun = time.monotonic()
+        self.deadline = self.begun + budget
         self.jobs = {job["id"]: job for job in jobs()}
         self.left = list(self.jobs)
         self.results: list[dict[str, Any]] = []
@@ -268,7 +268,8 @@ class Run:
         job = self.jobs[number]
         self.results.append({**job, **result})
         print(
-            f"{job['kind']:6} {job['shape']:20} {job.get('change', job.get('dtype', ''))!s:60} {result}",
+            f"{time.monotonic() - self.begun:5.0f} {job['kind']:6} {job['shape']:20} "
+            f"{job.get('change', job.get('dtype', ''))!s:60} {result}",
             flush=True,
         )
         self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -281,7 +282,7 @@ class Run:
         while self.left and time.monotonic() < self.deadline:
             alone = bool(suspects)
             todo, before = suspects or self.left, len(self.left)
-            running = self._worker([self.jobs[n] for n in todo], 1 if alone else 8)
+            running = self._worker([self.jobs[n] for n in todo], 1 if alone else 16)
             if alone and running:
                 self.finish(running[0], error="did not return")
             suspects = [n for n in running if n in self.left] if not alone else []

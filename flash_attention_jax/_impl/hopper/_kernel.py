@@ -166,6 +166,11 @@ class Consumer:
     memory: Memory
     own: Any
 
+    @property
+    def _masked(self) -> bool:
+        """Whether there are blocks that are visible in part."""
+        return self.plan.problem.masked or self.plan.ragged
+
     def run(self) -> None:
         """All tiles of this thread block."""
         m, c = self.memory, self.plan.config
@@ -203,36 +208,58 @@ class Consumer:
     # The loops over blocks.
 
     def _overlapped(self, state: State, place: Place, visits: Visits, count: Any) -> State:
+        """Blocks visible in part one by one, the others by algorithm 2."""
+
+        def whole(flat):
+            return self._pipelined(State.of(flat), place, visits, count).flat()
+
+        def none(flat):
+            plgpu.barrier_arrive(self.memory.q_free)
+            return flat
+
+        flat = state.flat()
+        if self._masked:
+            flat = lax.fori_loop(
+                jnp.int32(0),
+                visits.partial,
+                lambda i, flat: self._step_alone(State.of(flat), place, visits, count, i, True).flat(),
+                flat,
+            )
+            flat = lax.cond(visits.seen > visits.partial, whole, none, flat)
+        else:
+            flat = whole(flat)
+        return State.of(flat)
+
+    def _pipelined(self, state: State, place: Place, visits: Visits, count: Any) -> State:
         """Algorithm 2: the products of one block run under the softmax of the next."""
-        plan, m = self.plan, self.memory
-        masked = plan.problem.masked or plan.ragged
-        at = self._at(count)
+        m, dtype = self.memory, self.plan.problem.dtype
+        at = self._at(count + visits.partial if self._masked else count)
         plgpu.barrier_wait(m.k_full.at[at])
         self._await_turn()
         products = self._accumulated([self._zero_logits()], lambda acc: self._issue_logits(acc[0], at))[0]
         self._pass_turn()
         plgpu.barrier_arrive(m.k_free.at[at])
-        x, factor = self._masked_logits(products, place, visits.index(0), at, masked=masked)
-        weights, statistics, _ = _softmax.update(x, factor, state.statistics, plan.problem.masked)
-        if not plan.problem.masked:
-            plgpu.barrier_wait(m.v_full.at[at])
-        state = State(state.sums, statistics, weights.astype(plan.problem.dtype))
-
-        def body(masked):
-            return lambda i, flat: self._step(State.of(flat), place, visits, count, i, masked).flat()
-
-        flat, begin = state.flat(), jnp.int32(1)
-        if plan.problem.masked:
-            flat = lax.fori_loop(begin, visits.partial, body(True), flat)
-            begin = jnp.maximum(begin, visits.partial)
-        state = State.of(lax.fori_loop(begin, visits.seen, body(False), flat))
+        x, factor = self._masked_logits(products, place, None, at, masked=False)
+        weights, statistics, decay = _softmax.update(x, factor, state.statistics, False)
+        plgpu.barrier_wait(m.v_full.at[at])
+        # Without partial blocks before there is nothing yet that could decay.
+        sums = tuple(s * across(decay, s.shape) for s in state.sums) if self._masked else state.sums
+        state = State(sums, statistics, weights.astype(dtype))
+        state = State.of(
+            lax.fori_loop(
+                jnp.int32(1) + visits.partial if self._masked else jnp.int32(1),
+                visits.seen,
+                lambda i, flat: self._step(State.of(flat), place, visits, count, i).flat(),
+                state.flat(),
+            )
+        )
         plgpu.barrier_arrive(m.q_free)
         last = self._at(count + visits.seen - 1)
         sums = self._accumulated(state.sums, lambda accs: self._issue_sums(accs, state.weights, last))
         plgpu.barrier_arrive(m.v_free.at[last])
         return State(tuple(sums), state.statistics)
 
-    def _step(self, state: State, place: Place, visits: Visits, count: Any, i: Any, masked: bool) -> State:
+    def _step(self, state: State, place: Place, visits: Visits, count: Any, i: Any) -> State:
         """One block: its logits are computed beside the sums of the block before."""
         p, m = self.plan.problem, self.memory
         at, before = self._at(count + i), self._at(count + i - 1)
@@ -241,44 +268,49 @@ class Consumer:
 
         def softmax(products):
             plgpu.barrier_arrive(m.k_free.at[at])
-            x, factor = self._masked_logits(products, place, visits.index(i) if masked else None, at, masked)
-            weights, statistics, decay = _softmax.update(x, factor, state.statistics, masked and p.masked)
+            x, factor = self._masked_logits(products, place, None, at, False)
+            weights, statistics, decay = _softmax.update(x, factor, state.statistics, False)
             return weights.astype(p.dtype), statistics, decay
 
         sums, (weights, statistics, decay) = self._side_by_side(state, at, before, softmax)
         plgpu.barrier_arrive(m.v_free.at[before])
-        if not masked:
-            plgpu.barrier_wait(m.v_full.at[at])
+        plgpu.barrier_wait(m.v_full.at[at])
         return State(tuple(s * across(decay, s.shape) for s in sums), statistics, weights)
 
     def _one_by_one(self, state: State, place: Place, visits: Visits, count: Any) -> State:
-        """Algorithm 1: logits, softmax and sums of a block after each other."""
-        plan, p, m = self.plan, self.plan.problem, self.memory
-
-        def step(i, flat, masked):
-            state, at = State.of(flat), self._at(count + i)
-            plgpu.barrier_wait(m.k_full.at[at])
-            self._await_turn()
-            products = self._accumulated([self._zero_logits()], lambda acc: self._issue_logits(acc[0], at))[0]
-            self._pass_turn()
-            plgpu.barrier_arrive(m.k_free.at[at])
-            x, factor = self._masked_logits(products, place, visits.index(i) if masked else None, at, masked)
-            weights, statistics, decay = _softmax.update(x, factor, state.statistics, masked and p.masked)
-            if not (masked and p.masked):
-                plgpu.barrier_wait(m.v_full.at[at])
-            weights = weights.astype(p.dtype)
-            sums = tuple(s * across(decay, s.shape) for s in state.sums)
-            sums = self._accumulated(sums, lambda accs: self._issue_sums(accs, weights, at))
-            plgpu.barrier_arrive(m.v_free.at[at])
-            return State(tuple(sums), statistics).flat()
-
+        """Algorithm 1 for all blocks."""
         flat, begin = state.flat(), jnp.int32(0)
-        if p.masked or plan.ragged:
-            flat = lax.fori_loop(begin, visits.partial, lambda i, f: step(i, f, True), flat)
+
+        def step(masked):
+            return lambda i, flat: self._step_alone(State.of(flat), place, visits, count, i, masked).flat()
+
+        if self._masked:
+            flat = lax.fori_loop(begin, visits.partial, step(True), flat)
             begin = visits.partial
-        flat = lax.fori_loop(begin, visits.seen, lambda i, f: step(i, f, False), flat)
-        plgpu.barrier_arrive(m.q_free)
+        flat = lax.fori_loop(begin, visits.seen, step(False), flat)
+        plgpu.barrier_arrive(self.memory.q_free)
         return State.of(flat)
+
+    def _step_alone(self, state: State, place: Place, visits: Visits, count: Any, i: Any, masked: bool) -> State:
+        """Algorithm 1 for one block: logits, softmax and sums after each other."""
+        p, m = self.plan.problem, self.memory
+        at = self._at(count + i)
+        if masked and p.masked:
+            self._check_values(at)
+        plgpu.barrier_wait(m.k_full.at[at])
+        self._await_turn()
+        products = self._accumulated([self._zero_logits()], lambda acc: self._issue_logits(acc[0], at))[0]
+        self._pass_turn()
+        plgpu.barrier_arrive(m.k_free.at[at])
+        x, factor = self._masked_logits(products, place, visits.index(i) if masked else None, at, masked)
+        weights, statistics, decay = _softmax.update(x, factor, state.statistics, masked and p.masked)
+        if not (masked and p.masked):
+            plgpu.barrier_wait(m.v_full.at[at])
+        weights = weights.astype(p.dtype)
+        sums = tuple(s * across(decay, s.shape) for s in state.sums)
+        sums = self._accumulated(sums, lambda accs: self._issue_sums(accs, weights, at))
+        plgpu.barrier_arrive(m.v_free.at[at])
+        return State(tuple(sums), statistics)
 
     # Matrix products.
 
@@ -322,6 +354,21 @@ class Consumer:
         # The interpreter's accumulators start at 0.
         parts = pl.run_scoped(products, *(plgpu.WGMMAAccumulatorRef(x.shape) for x in values))
         return [x + part for x, part in zip(values, parts, strict=True)]
+
+    def _both(self, state: State, at: Any, before: Any) -> tuple[Any, Any]:
+        """Logits of a block, and the sums with those of the one before; both are waited for.
+
+        The masks wait for barriers and branch. With products under way there, ptxas serializes every `wgmma`
+        of the kernel (C7513).
+        """
+
+        def issue(accs):
+            self._issue_logits(accs[0], at)
+            self._issue_sums(accs[1:], state.weights, before)
+            self._pass_turn()
+
+        products, *sums = self._accumulated([self._zero_logits(), *state.sums], issue)
+        return products, sums
 
     def _side_by_side(self, state: State, at: Any, before: Any, softmax: Any) -> tuple[Any, Any]:
         """Issues logits of a block and sums of the one before; softmax(logits) runs under the latter."""
@@ -383,35 +430,33 @@ class Consumer:
         x, factor = _softmax.logits(plan.problem, products)
         if masked:
             if plan.problem.masked:
-                plgpu.barrier_wait(self.memory.v_full.at[slot])
-                x = x + lax.broadcast_in_dim(self._checked_values(slot), x.shape, [1])
+                poison = load(self.memory.poison.at[slot], layout=COLUMNS)
+                x = x + lax.broadcast_in_dim(poison, x.shape, [1])
             x = jnp.where(seen_in_block(plan, self.arrays.tables, place, block), x, -jnp.inf)
         return x, factor
 
-    def _checked_values(self, slot: Any) -> Array:
-        """Makes a block of V finite, each consumer some rows of it; NaN for keys where it was not, else 0."""
+    def _check_values(self, slot: Any) -> None:
+        """Makes a block of V finite, each consumer some rows of it; `poison` tells which were not."""
         m, c = self.memory, self.plan.config
+        plgpu.barrier_wait(m.v_full.at[slot])
         for piece in range(c.block_kv // 64):
-            rows = pl.ds(piece * 64, 64)
-
-            def check(rows=rows):
-                found = None
-                parts = []
-                for chunk in range(m.v.of.count):
-                    part = load(m.v.tiles.at[slot, chunk, rows], layout=_WGMMA)
-                    parts.append(part)
-                    trace = (part.astype(jnp.float32) * 0).sum(axis=1)
-                    found = trace if found is None else found + trace
-                for chunk, part in enumerate(parts):
-                    keep = across(found, part.shape) == 0
-                    m.v.tiles[slot, chunk, rows] = jnp.where(keep, part, jnp.zeros_like(part))
-                m.poison[slot, rows] = found
-
-            pl.when(self.own == piece % c.consumers)(check)
+            pl.when(self.own == piece % c.consumers)(lambda piece=piece: self._check_rows(slot, piece))
         plgpu.commit_smem()
         plgpu.barrier_arrive(m.checked)
         plgpu.barrier_wait(m.checked)
-        return load(m.poison.at[slot], layout=COLUMNS)
+
+    def _check_rows(self, slot: Any, piece: int) -> None:
+        m, rows = self.memory, pl.ds(piece * 64, 64)
+        trace = plgpu.layout_cast(jnp.zeros((64,), jnp.float32), ROWS)
+        for chunk in range(m.v.of.count):
+            # A tile at a time: the sums of the tile of queries take most of the registers.
+            for left in range(0, m.v.of.width, m.v.of.tile):
+                place = (slot, chunk, rows, pl.ds(left, m.v.of.tile))
+                part = load(m.v.tiles.at[place], layout=_WGMMA)
+                found = part.astype(jnp.float32) * 0
+                m.v.tiles[place] = jnp.where(found == 0, part, jnp.zeros_like(part))
+                trace = trace + found.sum(axis=1)
+        m.poison[slot, rows] = trace
 
     # Results.
 
