@@ -1,6 +1,7 @@
-"""The Hopper forward kernel on a GPU: every configuration against the oracle, many variants beside cuDNN.
+"""The Hopper kernels on a GPU: every configuration against the oracle, many variants beside cuDNN.
 
 python benchmarks/hopper.py --out benchmarks/results/hopper.json     # one run, under 8 minutes
+python benchmarks/hopper.py --backward --out benchmarks/results/hopper-backward.json
 
 Work is done by a process of its own, which is ended and begun again without the culprit when a kernel does
 not return. Results are kept as they come; a variant that fails is noted and passed over.
@@ -22,7 +23,8 @@ import time
 import traceback
 from typing import Any
 
-from hopper_cases import CHECKS, SHAPES, jobs
+import hopper_backward
+from hopper_cases import BACKWARD_CHECKS, CHECKS, SHAPES, backward_jobs, jobs
 
 BATCH = 48
 
@@ -94,7 +96,9 @@ def visible_pairs(given: Inputs) -> int:
 
 
 def function(job: dict[str, Any], given: Inputs) -> Any:
-    """What a job runs on the present operands."""
+    """What a job runs on `arrays_of` it."""
+    if job.get("backward"):
+        return hopper_backward.function(job, given)
     import jax
 
     from flash_attention_jax._impl.base import Device
@@ -125,6 +129,11 @@ def function(job: dict[str, Any], given: Inputs) -> Any:
     return ours
 
 
+def arrays_of(job: dict[str, Any], given: Inputs) -> tuple[Any, ...]:
+    """What a job's function takes: the present operands, for the backward pass with cotangents."""
+    return hopper_backward.arrays(given) if job.get("backward") else given.operands.present()
+
+
 def seconds(compiled: Any, arrays: Any) -> float:
     """Median seconds of a call: groups of calls that are sent off together."""
     import jax
@@ -145,10 +154,12 @@ def timed(job: dict[str, Any], given: Inputs, compiled: Any) -> dict[str, Any]:
     """Seconds, TFLOP/s of the visible pairs, and whether a second run has the same bits."""
     import numpy as np
 
-    arrays = given.operands.present()
+    arrays = arrays_of(job, given)
     taken = seconds(compiled, arrays)
     p = given.problem
     flops = 2 * p.N * (p.D + p.Dv) * visible_pairs(given)
+    if job.get("backward"):
+        flops = hopper_backward.flops(given, visible_pairs(given), job)
     result = {"ms": taken * 1e3, "tflops": flops / taken / 1e12}
     if job["kind"] == "time":
         runs = [np.asarray(compiled(*arrays)[0][:1, :512]).view(np.uint16) for _ in range(2)]
@@ -158,6 +169,8 @@ def timed(job: dict[str, Any], given: Inputs, compiled: Any) -> dict[str, Any]:
 
 def checked(job: dict[str, Any], given: Inputs, compiled: Any) -> dict[str, Any]:
     """Errors of out and lse and their budgets: as `flash_attention_jax.testing` has them, of one draw."""
+    if job.get("backward"):
+        return hopper_backward.checked(given, compiled)
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -206,7 +219,7 @@ def work(todo: list[dict[str, Any]], threads: int) -> None:
         with lock:
             key = (kind, job["shape"], dtype)
             if key not in shared:
-                table = CHECKS if kind == "check" else SHAPES
+                table = CHECKS | BACKWARD_CHECKS if kind == "check" else SHAPES
                 shared[key] = inputs(table[job["shape"]], dtype)
             return shared[key]
 
@@ -216,7 +229,7 @@ def work(todo: list[dict[str, Any]], threads: int) -> None:
             f = function(job, given)
             say(began=job["id"])
             start = time.perf_counter()
-            arrays = given.operands.present()
+            arrays = arrays_of(job, given)
             compiled = jax.jit(f).lower(*arrays).compile()
             say(warm=job["id"], seconds=time.perf_counter() - start)
             return given, compiled
@@ -251,11 +264,11 @@ def work(todo: list[dict[str, Any]], threads: int) -> None:
 class Run:
     """The results so far, kept in a file."""
 
-    def __init__(self, out: pathlib.Path, budget: float, patience: float):
+    def __init__(self, todo: list[dict[str, Any]], out: pathlib.Path, budget: float, patience: float):
         self.out, self.patience = out, patience
         self.begun = time.monotonic()
         self.deadline = self.begun + budget
-        self.jobs = {job["id"]: job for job in jobs()}
+        self.jobs = {job["id"]: job for job in todo}
         self.left = list(self.jobs)
         self.results: list[dict[str, Any]] = []
         self.machine: dict[str, Any] = {}
@@ -348,6 +361,8 @@ def summary(results: list[dict[str, Any]]) -> None:
     print(f"\nchecks: {len(judged) - len(wrong)} of {len(judged)} within their budgets; not: {wrong}")
     for name in SHAPES:
         own = [r for r in results if r["shape"] == name and r["kind"] == "time" and "tflops" in r]
+        alone = [r for r in own if r.get("alone")]
+        own = [r for r in own if not r.get("alone")]
         peer = [r["tflops"] for r in results if r["shape"] == name and r["kind"] == "cudnn" and "tflops" in r]
         if not own:
             print(f"{name:16} no figure")
@@ -359,6 +374,9 @@ def summary(results: list[dict[str, Any]]) -> None:
             f"{name:16} table {table:6.1f} ({table / beside:.3f} of cuDNN {beside:6.1f}), "
             f"best {best['tflops']:6.1f} ({best['tflops'] / beside:.3f}) {best['change']}"
         )
+        if alone:
+            best = max(alone, key=lambda r: r["tflops"])
+            print(f"{'':16} backward alone: best {best['tflops']:6.1f} {best['ms']:.3f} ms {best['change']}")
 
 
 def main() -> None:
@@ -367,10 +385,14 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("hopper.json"))
     parser.add_argument("--seconds", type=float, default=450, help="stop after this time")
     parser.add_argument("--patience", type=float, default=75, help="seconds without news that mean a hang")
+    parser.add_argument("--backward", action="store_true", help="the backward kernel instead of the forward")
+    parser.add_argument("--only", help="only jobs whose shape contains this")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker is None:
-        run = Run(args.out, args.seconds, args.patience)
+        todo = backward_jobs() if args.backward else jobs()
+        todo = [job for job in todo if args.only is None or args.only in job["shape"]]
+        run = Run(todo, args.out, args.seconds, args.patience)
         run.all()
         summary(run.results)
         return
