@@ -1,6 +1,7 @@
-"""The Hopper forward kernel on a GPU: every configuration against the oracle, many variants beside cuDNN.
+"""The Hopper kernels on a GPU: every configuration against the oracle, many variants beside cuDNN.
 
 python benchmarks/hopper.py --out benchmarks/results/hopper.json     # one run, under 8 minutes
+python benchmarks/hopper.py --backward --out benchmarks/results/hopper-backward.json
 
 Work is done by a process of its own, which is ended and begun again without the culprit when a kernel does
 not return. Results are kept as they come; a variant that fails is noted and passed over.
@@ -23,9 +24,11 @@ import threading
 import time
 from typing import Any
 
-from hopper_cases import CHECKS, SHAPES, jobs
+import hopper_backward
+from hopper_cases import BACKWARD_CHECKS, CHECKS, SHAPES, backward_jobs, jobs
 
-BATCH = 48
+# How often each time is taken, one job after the other; the median counts.
+ROUNDS = 3
 
 # The worker.
 
@@ -83,7 +86,7 @@ def inputs(shape: tuple[Any, ...], dtype: str, abstract: bool = False) -> Inputs
 
 def given_of(job: dict[str, Any], abstract: bool = False) -> Inputs:
     """The inputs of a job."""
-    table = CHECKS if job["kind"] == "check" else SHAPES
+    table = CHECKS | BACKWARD_CHECKS if job["kind"] == "check" else SHAPES
     return inputs(table[job["shape"]], job.get("dtype", "bfloat16"), abstract)
 
 
@@ -95,7 +98,7 @@ def exported(job: dict[str, Any]) -> bytes | str:
         given = given_of(job, abstract=True)
         checks = [jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
         export = jax.export.export(jax.jit(function(job, given)), platforms=["cuda"], disabled_checks=checks)
-        return bytes(export(*given.operands.present()).serialize())
+        return bytes(export(*shapes_of(job, given)).serialize())
     except Exception as problem:
         return f"{type(problem).__name__}: {problem}"[:600]
 
@@ -121,7 +124,9 @@ def visible_pairs(given: Inputs) -> int:
 
 
 def function(job: dict[str, Any], given: Inputs) -> Any:
-    """What a job runs on the present operands."""
+    """What a job runs on `arrays_of` it."""
+    if job.get("backward"):
+        return hopper_backward.function(job, given)
     import jax
 
     from flash_attention_jax._impl.base import Device
@@ -152,6 +157,21 @@ def function(job: dict[str, Any], given: Inputs) -> Any:
     return ours
 
 
+def arrays_of(job: dict[str, Any], given: Inputs) -> tuple[Any, ...]:
+    """What a job's function takes: the present operands, for the backward pass with cotangents."""
+    return hopper_backward.arrays(given) if job.get("backward") else given.operands.present()
+
+
+def shapes_of(job: dict[str, Any], given: Inputs) -> tuple[Any, ...]:
+    """The shapes of `arrays_of`."""
+    import jax
+
+    def arrays(operands):
+        return arrays_of(job, dataclasses.replace(given, operands=operands))
+
+    return jax.eval_shape(arrays, given.operands)
+
+
 def seconds(compiled: Any, arrays: Any) -> float:
     """Median seconds of a call: groups of calls that are sent off together."""
     import jax
@@ -172,10 +192,12 @@ def timed(job: dict[str, Any], given: Inputs, compiled: Any) -> dict[str, Any]:
     """Seconds, TFLOP/s of the visible pairs, and whether a second run has the same bits."""
     import numpy as np
 
-    arrays = given.operands.present()
+    arrays = arrays_of(job, given)
     taken = seconds(compiled, arrays)
     p = given.problem
     flops = 2 * p.N * (p.D + p.Dv) * visible_pairs(given)
+    if job.get("backward"):
+        flops = hopper_backward.flops(given, visible_pairs(given), job)
     result = {"ms": taken * 1e3, "tflops": flops / taken / 1e12}
     if job["kind"] == "time":
         runs = [np.asarray(compiled(*arrays)[0][:1, :512]).view(np.uint16) for _ in range(2)]
@@ -185,6 +207,8 @@ def timed(job: dict[str, Any], given: Inputs, compiled: Any) -> dict[str, Any]:
 
 def checked(job: dict[str, Any], given: Inputs, compiled: Any) -> dict[str, Any]:
     """Errors of out and lse and their budgets: as `flash_attention_jax.testing` has them, of one draw."""
+    if job.get("backward"):
+        return hopper_backward.checked(given, compiled)
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -231,7 +255,12 @@ def work(todo: list[dict[str, Any]], threads: int) -> None:
     import jax
 
     # For its side effect: it tells XLA where the library is that compiled kernels call.
-    import jax.experimental.mosaic.gpu  # noqa: F401
+    import jax.experimental.mosaic.gpu
+
+    # Before threads do.
+    import flash_attention_jax._impl.hopper._backward
+    import flash_attention_jax._impl.hopper._forward
+    import flash_attention_jax.testing  # noqa: F401
 
     shared: dict[tuple[str, str, str], Inputs] = {}
     spawn = multiprocessing.get_context("spawn")
@@ -250,7 +279,7 @@ def work(todo: list[dict[str, Any]], threads: int) -> None:
         try:
             if job["kind"] == "cudnn":
                 given = given_of(job, abstract=True)
-                f, shapes = function(job, given), given.operands.present()
+                f, shapes = function(job, given), shapes_of(job, given)
             else:
                 program = programs[job["id"]].result()
                 if isinstance(program, str):
@@ -262,21 +291,32 @@ def work(todo: list[dict[str, Any]], threads: int) -> None:
             say(failed=job["id"], why=f"{type(problem).__name__}: {problem}"[:600], at="")
             return None
 
-    for first in range(0, len(todo), BATCH):
-        batch = todo[first : first + BATCH]
-        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-            ready = list(pool.map(compiled_of, batch))
-        for job, compiled in zip(batch, ready, strict=True):
-            if compiled is None:
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        compiled = dict(zip((job["id"] for job in todo), pool.map(compiled_of, todo), strict=True))
+    lowering.shutdown()
+    found: dict[int, list[dict[str, Any]]] = {}
+    for turn in range(ROUNDS):
+        for job in todo:
+            number, check = job["id"], job["kind"] == "check"
+            if compiled[number] is None or (check and turn):
                 continue
-            say(began=job["id"])
+            say(began=number)
             try:
-                measure = checked if job["kind"] == "check" else timed
-                say(done=job["id"], result=measure(job, inputs_of(job), compiled))
+                measure = checked if check else timed
+                found.setdefault(number, []).append(measure(job, inputs_of(job), compiled[number]))
             except Exception as problem:
-                say(failed=job["id"], why=f"{type(problem).__name__}: {problem}"[:600], at="")
-        for key in [k for k in shared if k[0] == "check"]:
-            del shared[key]
+                compiled[number] = None
+                say(failed=number, why=f"{type(problem).__name__}: {problem}"[:600], at="")
+                continue
+            last = check or turn == ROUNDS - 1
+            say(**{"done" if last else "pause": number}, result=middle(found[number]))
+            if check:
+                shared.clear()
+
+
+def middle(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """The result of the round whose time is the median."""
+    return sorted(results, key=lambda result: result.get("ms", 0))[len(results) // 2]
 
 
 # The parent.
@@ -285,11 +325,11 @@ def work(todo: list[dict[str, Any]], threads: int) -> None:
 class Run:
     """The results so far, kept in a file."""
 
-    def __init__(self, out: pathlib.Path, budget: float, patience: float, only: set[str]):
+    def __init__(self, todo: list[dict[str, Any]], out: pathlib.Path, budget: float, patience: float):
         self.out, self.patience = out, patience
         self.begun = time.monotonic()
         self.deadline = self.begun + budget
-        self.jobs = {job["id"]: job for job in jobs() if not only or {job["kind"], job["shape"]} & only}
+        self.jobs = {job["id"]: job for job in todo}
         self.left = list(self.jobs)
         self.results: list[dict[str, Any]] = []
         self.machine: dict[str, Any] = {}
@@ -364,7 +404,7 @@ class Run:
             self.machine = event["machine"]
         if "began" in event:
             running.append(event["began"])
-        for name in ("failed", "done"):
+        for name in ("failed", "done", "pause"):
             if event.get(name) in running:
                 running.remove(event[name])
         if "failed" in event:
@@ -380,6 +420,8 @@ def summary(results: list[dict[str, Any]]) -> None:
     print(f"\nchecks: {len(judged) - len(wrong)} of {len(judged)} within their budgets; not: {wrong}")
     for name in SHAPES:
         own = [r for r in results if r["shape"] == name and r["kind"] == "time" and "tflops" in r]
+        alone = [r for r in own if r.get("alone")]
+        own = [r for r in own if not r.get("alone")]
         peer = [r["tflops"] for r in results if r["shape"] == name and r["kind"] == "cudnn" and "tflops" in r]
         if not own:
             print(f"{name:16} no figure")
@@ -391,6 +433,9 @@ def summary(results: list[dict[str, Any]]) -> None:
             f"{name:16} table {table:6.1f} ({table / beside:.3f} of cuDNN {beside:6.1f}), "
             f"best {best['tflops']:6.1f} ({best['tflops'] / beside:.3f}) {best['change']}"
         )
+        if alone:
+            best = max(alone, key=lambda r: r["tflops"])
+            print(f"{'':16} backward alone: best {best['tflops']:6.1f} {best['ms']:.3f} ms {best['change']}")
 
 
 def main() -> None:
@@ -399,11 +444,15 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("hopper.json"))
     parser.add_argument("--seconds", type=float, default=450, help="stop after this time")
     parser.add_argument("--patience", type=float, default=75, help="seconds without news that mean a hang")
+    parser.add_argument("--backward", action="store_true", help="the backward kernel instead of the forward")
     parser.add_argument("--only", default="", help="kinds of jobs or shapes, by comma; all by default")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker is None:
-        run = Run(args.out, args.seconds, args.patience, set(filter(None, args.only.split(","))))
+        only = set(filter(None, args.only.split(",")))
+        todo = backward_jobs() if args.backward else jobs()
+        todo = [job for job in todo if not only or {job["kind"], job["shape"]} & only]
+        run = Run(todo, args.out, args.seconds, args.patience)
         run.all()
         summary(run.results)
         return

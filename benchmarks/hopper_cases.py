@@ -112,3 +112,87 @@ def jobs() -> list[dict[str, Any]]:
     rest = [c for c in checks if c not in first]
     everything = first + side_by_side + rest + tuned[: len(tuned) // 2] + last + tuned[len(tuned) // 2 :]
     return [{"id": i, **job} for i, job in enumerate(everything)]
+
+
+# Small odd problems of the check of gradients, beside `CHECKS`.
+BACKWARD_CHECKS: dict[str, tuple[Any, ...]] = {
+    "d64-rows": (1, 128, 128, 1, 1, 64, 64, {}),
+    "d128-columns": (1, 64, 128, 1, 1, 128, 128, {}),
+    "d64-long-causal": (1, 1024, 1024, 2, 2, 64, 64, {"causal": True}),
+    "d128-long-causal": (1, 1024, 1024, 2, 2, 128, 128, {"causal": True}),
+    "d128-group": (2, 320, 448, 8, 2, 128, 128, {"causal": True}),
+    "dead-and-masked": (2, 400, 264, 4, 2, 64, 64, {"causal": True, "key_mask": "random", "poison": True}),
+}
+
+_RINGS = [
+    dict(stages_q=q, stages_do=do, slots_ds=ds, slots_dq=dq)
+    for q, do, ds, dq in ((2, 2, 1, 1), (3, 2, 2, 1), (1, 1, 2, 1), (2, 1, 2, 1))
+]
+_ORDERS = [{"persistent": True}, {"section": None}, {"section": 1}, {"section": 4}]
+# What is varied: fields of `BackwardConfig`, beside the table's choice; the backward kernel alone.
+BACKWARD_VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "d128": [{"early_lse": True}, {"lane": True}, {"persistent": True}, *_RINGS],
+    "d128-causal": [{"early_lse": True}, *_ORDERS, {"persistent": True}],
+    "d64": [
+        {"early_lse": True},
+        {"lane": True},
+        {"persistent": True},
+        {"block_q": 64, "consumers": 1, "keys": 64},
+        {"block_q": 64, "consumers": 1, "keys": 128},
+        *_RINGS,
+    ],
+    "d64-causal": [{"early_lse": True}, *_ORDERS],
+    "4k-causal": [{"persistent": True}, {"section": None}],
+    "2k-causal": [{"persistent": True}, {"section": None}],
+    "gqa-causal": [{"persistent": True}, {"section": 1}, {"section": 2}, {"section": None}],
+}
+_BACKWARD_SHAPES = (
+    "d128",
+    "d128-causal",
+    "d64",
+    "d64-causal",
+    "4k",
+    "4k-causal",
+    "2k",
+    "2k-causal",
+    "gqa-causal",
+    "512-causal",
+    "window",
+    "half-key-mask",
+    "documents",
+    "d256",
+    "d256-causal",
+    "mla-causal",
+)
+
+
+def backward_jobs() -> list[dict[str, Any]]:
+    """Everything there is to do for the backward kernel, the most important first."""
+
+    def job(kind, shape, **more):
+        return {"backward": True, "kind": kind, "shape": shape, **more}
+
+    def check(shape, dtype="bfloat16"):
+        return job("check", shape, dtype=dtype)
+
+    def time(shape, change=None, **more):
+        return job("time", shape, change=change or {}, **more)
+
+    names = [*BACKWARD_CHECKS, *CHECKS]
+    others = {f"d{d}" for d in _OTHER_DIMS}
+    # What is wrong everywhere shows at once.
+    first = [check(name) for name in ("d64-rows", "d128-columns", "d64", "d128", "d80", "d128-long-causal")]
+    important = ("d128", "d128-causal", "d64", "d64-causal")
+    result = first + [time(name, alone=True) for name in important]
+    result += [x for name in important for x in (job("cudnn", name), time(name))]
+    seen = {x["shape"] for x in first}
+    result += [check(name) for name in names if name not in others and name not in seen]
+    queues = [[time(name, x, alone=True) for x in changes] for name, changes in BACKWARD_VARIANTS.items()]
+    tuned = [q[at] for at in range(max(map(len, queues))) for q in queues if at < len(q)]
+    result += tuned[: len(tuned) // 2]
+    rest = [name for name in _BACKWARD_SHAPES if name not in important]
+    result += [x for name in rest for x in (job("cudnn", name), time(name))]
+    result += tuned[len(tuned) // 2 :]
+    result += [check(name, "float16") for name in ("d128", "d80", "everything")]
+    result += [check(name) for name in names if name in others]
+    return [{"id": i, **x} for i, x in enumerate(result)]

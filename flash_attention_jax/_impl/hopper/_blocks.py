@@ -91,6 +91,11 @@ def _visits(problem: Problem, operands: Operands, config: Config) -> tuple[Array
         # What is beyond the end must be hidden in the last block.
         last = cover[..., -1]
         cover = cover.at[..., -1].set(jnp.where(last == Cover.ALL, jnp.int8(Cover.PART), last))
+    return visits_of(cover)
+
+
+def visits_of(cover: Array) -> tuple[Array, Array]:
+    """`counts` and `visits` of `Tables`, from a map of blocks."""
     partial, seen = cover == Cover.PART, cover != Cover.NONE
     counts = jnp.stack([x.sum(-1, dtype=jnp.int32) for x in (partial, seen)], axis=-1)
     # Block j is visit `rank[j]`. To ask every visit for its block is faster on a GPU than to sort.

@@ -13,7 +13,7 @@ from flash_attention_jax._impl.hopper._configs import Chunks, Config, chunks, va
 from flash_attention_jax._problem import Problem
 
 
-def _swizzled(shape: tuple[int, ...], dtype: str, of: Chunks, interpreted: bool) -> Any:
+def swizzled(shape: tuple[int, ...], dtype: str, of: Chunks, interpreted: bool) -> Any:
     """Rows as `wgmma` reads them. Where TMA brings plain rows, the same bytes under both names."""
     tiling, swizzle = plgpu.TilingTransform((8, of.tile)), plgpu.SwizzleTransform(of.swizzle)
     tiles = plgpu.SMEM(shape, jnp.dtype(dtype), transforms=(tiling, swizzle))
@@ -33,13 +33,13 @@ def scratch(problem: Problem, config: Config, interpreted: bool) -> dict[str, An
     of_k, of_v = chunks(p, p.D), value_chunks(p, c)
 
     def buffer(of, *shape):
-        return _swizzled((*shape, of.width), p.dtype, of, interpreted)
+        return swizzled((*shape, of.width), p.dtype, of, interpreted)
 
     result = {
         "q": buffer(of_k, of_k.count, c.tile_q),
         "k": buffer(of_k, c.stages, of_k.count, c.block_kv),
         "v": buffer(of_v, c.stages, of_v.count, c.block_kv),
-        "out": _swizzled((c.consumers, c.out_slots, 64, of_v.tile), p.dtype, pieces(of_v), interpreted),
+        "out": swizzled((c.consumers, c.out_slots, 64, of_v.tile), p.dtype, pieces(of_v), interpreted),
         "lse": plgpu.SMEM((c.consumers, c.block_q), jnp.float32),
         "q_full": plgpu.Barrier(num_arrivals=of_k.count),
         "k_full": plgpu.Barrier(num_arrivals=of_k.count, num_barriers=c.stages),

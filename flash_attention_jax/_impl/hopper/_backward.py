@@ -1,0 +1,134 @@
+"""The backward pass: launches the kernel of `_backward_kernel`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from flash_attention_jax._impl.hopper._backward_blocks import BackwardPlan, tables
+from flash_attention_jax._impl.hopper._backward_configs import (
+    BackwardConfig,
+    choose_backward_config,
+    chunks_of_k,
+)
+from flash_attention_jax._impl.hopper._backward_kernel import BackwardArrays, differentiate
+from flash_attention_jax._impl.hopper._backward_memory import BackwardMemory, scratch
+from flash_attention_jax._impl.hopper._blocks import Tables, multiprocessors
+from flash_attention_jax._problem import Operands, Problem
+
+Array = Any
+_LOG2E = math.log2(math.e)
+
+
+def backward(
+    problem: Problem,
+    operands: Operands,
+    lse: Array,
+    dout: Array,
+    delta: Array,
+    wrt: tuple[str, ...],
+    *,
+    config: BackwardConfig | None = None,
+    blocks: int | None = None,
+    interpret: Any = None,
+) -> list[Array]:
+    """The gradients of the operands in `wrt`; see `base.Backward`.
+
+    Args:
+        config: tile sizes; by default those of `choose_backward_config`, which must know some.
+        blocks: thread blocks to launch; by default as many as the device has multiprocessors, or one for
+            each tile where `config` is not persistent.
+        interpret: a `plgpu.InterpretGPUParams`, to run without a GPU.
+    """
+    p = problem
+    config = config or choose_backward_config(p)
+    if config is None:
+        raise ValueError("config must be given for a problem without sizes of its own")
+    tiles = BackwardPlan(p, config, 1).across.tiles
+    if blocks is None:
+        blocks = min(tiles, multiprocessors()) if config.persistent else tiles
+    plan = BackwardPlan(p, config, blocks)
+    statistics, dead = _statistics(plan, lse, delta)
+    given = tables(plan, operands)
+    inputs = {"q": operands.q, "k": operands.k, "v": operands.v, "do": dout, "statistics": statistics}
+    if dead is not None:
+        inputs["dead"] = dead
+    dq = None
+    if "q" in wrt:
+        dq = jax.new_ref(jnp.zeros(_shape_of_dq(plan, interpret), jnp.float32))
+
+    read = {name: x for name, x in given._asdict().items() if x is not None}
+    names = (*inputs, *read, *([] if dq is None else ["dq"]), "dk", "dv")
+
+    def body(*refs, **buffers):
+        by_name = dict(zip(names, refs, strict=True))
+        of_tables = Tables(**{name: by_name.pop(name) for name in read})
+        arrays = BackwardArrays(**by_name, tables=of_tables)
+        differentiate(plan, arrays, BackwardMemory.of(p, config, buffers, interpret is not None))
+
+    results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands[1:3]]
+    dk, dv = plgpu.kernel(
+        body,
+        out_type=results,
+        scratch_types=scratch(p, config, interpret is not None),
+        grid=(blocks,),
+        grid_names=("block",),
+        num_threads=config.threads,
+        thread_name="warpgroup",
+        compiler_params=_compiler_params(config),
+        kernel_name="flash_attention_hopper_backward",
+        interpret=interpret,
+    )(*inputs.values(), *read.values(), *([] if dq is None else [dq]))
+    gradients = {"k": dk, "v": dv}
+    if dq is not None:
+        gradients["q"] = _finished(plan, jax.freeze(dq), interpret)
+    return [gradients[name] for name in wrt]
+
+
+def _statistics(plan: BackwardPlan, lse: Array, delta: Array) -> tuple[Array, Array | None]:
+    """What `BackwardArrays` calls `statistics` and `dead`."""
+    p, c = plan.problem, plan.config
+    room = plan.length - p.T
+    dead = lse == -jnp.inf
+    scaled = jnp.where(dead, jnp.inf, lse * _LOG2E)
+    negative = jnp.where(dead, 0, -delta)
+    padding = ((0, 0), (0, 0), (0, room))
+    both = jnp.stack(
+        [jnp.pad(scaled, padding, constant_values=jnp.inf), jnp.pad(negative, padding)], axis=2
+    ).astype(jnp.float32)
+    if not p.masked:
+        return both, None
+    of_blocks = jnp.pad(dead, padding).reshape(p.B, p.N, -1, c.block_q)
+    return both, of_blocks.any(-1).astype(jnp.int32)
+
+
+def _shape_of_dq(plan: BackwardPlan, interpret: Any) -> tuple[int, ...]:
+    p = plan.problem
+    shape = (p.B * p.N * plan.length, chunks_of_k(p, plan.config).columns)
+    # The interpreter does not add: each tile has an array of its own.
+    return shape if interpret is None else (plan.across.tiles_t, *shape)
+
+
+def _finished(plan: BackwardPlan, sums: Array, interpret: Any) -> Array:
+    """dQ, of q's shape and dtype, from its sums."""
+    p = plan.problem
+    if interpret is not None:
+        sums = sums.sum(0)
+    sums = sums.reshape(p.B, p.N, plan.length, -1)[:, :, : p.T, : p.D]
+    dq = (sums * p.scale).astype(p.dtype)
+    return dq if p.order == "BNTD" else dq.swapaxes(1, 2)
+
+
+def _compiler_params(config: BackwardConfig) -> Any:
+    semantics = plgpu.LoweringSemantics
+    return plgpu.CompilerParams(
+        approx_math=True,
+        # The barriers in the kernel order all that needs order.
+        unsafe_no_auto_barriers=True,
+        reduction_scratch_bytes=0,
+        lowering_semantics=semantics.Lane if config.lane else semantics.Warpgroup,
+    )

@@ -1,0 +1,167 @@
+"""Tile sizes of the backward kernel, and what a choice of them takes of a multiprocessor.
+
+Nothing here imports Pallas: `refuses` reads it on every platform.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from flash_attention_jax._impl.hopper._configs import SHARED_BYTES, Chunks, chunks
+from flash_attention_jax._problem import Problem
+
+# `setmaxnreg` for consumers and producer, by the number of consumers; see `_configs.REGISTERS`.
+REGISTERS = {1: (240, 40), 2: (240, 24), 3: (160, 24)}
+# Of one consumer thread, beside accumulators: addresses, statistics, indices.
+_OTHER_REGISTERS = 40
+_LONGEST_BOX = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardConfig:
+    """What may be tuned; none of it changes a result by more than rounding.
+
+    Attributes:
+        block_q: query rows of one block, a multiple of 64.
+        keys: keys of one consumer warpgroup, a multiple of 64.
+        consumers: warpgroups that compute, 1 to 3; each has `keys` rows of the tile.
+        stages_q, stages_do: blocks of Q and of dO that their rings in shared memory hold.
+        slots_ds: blocks of dS in shared memory, 1 or 2; with 2 no consumer waits for one to become free.
+        slots_dq: pieces of 64 rows of dQ that a consumer may have on their way out.
+        early_lse: whether lse is read before the logits are there; registers hold it meanwhile.
+        persistent: whether a thread block stays on its multiprocessor and takes tile after tile.
+        section: heads whose tiles are ordered together, longest first; None is all heads.
+        lane: whether Mosaic lowers thread by thread instead of warpgroup by warpgroup.
+    """
+
+    block_q: int = 64
+    keys: int = 64
+    consumers: int = 2
+    stages_q: int = 2
+    stages_do: int = 2
+    slots_ds: int = 2
+    slots_dq: int = 1
+    early_lse: bool = False
+    persistent: bool = False
+    section: int | None = None
+    lane: bool = False
+
+    @property
+    def tile_kv(self) -> int:
+        """Keys of a tile."""
+        return self.keys * self.consumers
+
+    @property
+    def threads(self) -> int:
+        """Warpgroups of a thread block."""
+        return self.consumers + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """What a consumer computes of a block of dQ: row groups of 64 queries times chunks of K's columns.
+
+    Attributes:
+        by_rows: whether consumers divide the row groups; otherwise they divide the chunks, and the last
+            consumer's may be beyond the end.
+        groups, chunks: of one consumer.
+    """
+
+    by_rows: bool
+    groups: int
+    chunks: int
+
+
+def share(problem: Problem, config: BackwardConfig) -> Share:
+    """How the consumers divide a block of dQ."""
+    groups, count = config.block_q // 64, chunks_of_k(problem, config).count
+    if groups % config.consumers == 0:
+        return Share(True, groups // config.consumers, count)
+    return Share(False, groups, -(-count // config.consumers))
+
+
+def chunks_of_k(problem: Problem, config: BackwardConfig) -> Chunks:
+    """The layout of K: in as many chunks as consumers divide the columns of dQ, if they do."""
+    whole = chunks(problem, problem.D)
+    parts = config.consumers if (config.block_q // 64) % config.consumers else 1
+    if not whole.tiled:
+        return whole
+    width = -(-whole.width // (64 * parts)) * 64
+    # A chunk has the same width as the others.
+    while whole.width % width:
+        width -= 64
+    return dataclasses.replace(whole, width=width, count=whole.width // width)
+
+
+# Not measured yet: the sizes of FlashAttention-3 (arXiv 2407.08608). By padded max(D, Dv).
+_TABLE: tuple[tuple[int, BackwardConfig], ...] = (
+    (64, BackwardConfig(block_q=128)),
+    (128, BackwardConfig(block_q=64)),
+)
+
+
+def choose_backward_config(problem: Problem) -> BackwardConfig | None:
+    """The sizes for a problem, or None where no sizes fit."""
+    widest = max(chunks(problem, dim).columns for dim in (problem.D, problem.Dv))
+    config = next((config for limit, config in _TABLE if widest <= limit), None)
+    if config is None or not problem.masked:
+        return config
+    return dataclasses.replace(config, section=_section(problem))
+
+
+# Half of the H200's second cache level: Q and dO of the heads whose tiles run side by side should stay there.
+_SECTION_BYTES = 24 * 2**20
+
+
+def _section(problem: Problem) -> int:
+    """Key heads that are ordered together."""
+    # Q, dO and the float32 dQ of a group.
+    bytes_of_head = problem.G * problem.T * (6 * problem.D + 2 * problem.Dv)
+    return min(problem.B * problem.K, max(1, _SECTION_BYTES // bytes_of_head))
+
+
+def shared_bytes(problem: Problem, config: BackwardConfig) -> int:
+    """Shared memory of a thread block, each buffer rounded up to 1024 bytes."""
+    c, of_q, of_v = config, chunks(problem, problem.D), chunks(problem, problem.Dv)
+    buffers = [
+        2 * c.tile_kv * of_q.columns,
+        2 * c.tile_kv * of_v.columns,
+        2 * c.stages_q * c.block_q * of_q.columns,
+        2 * c.stages_do * c.block_q * of_v.columns,
+        2 * c.slots_ds * c.tile_kv * c.block_q,
+        4 * c.consumers * c.slots_dq * 64 * of_q.tile,
+        8 * c.stages_q * c.block_q,
+        8 * (2 * c.stages_q + 2 * c.stages_do + c.slots_ds + 6),
+    ]
+    return sum(-(-size // 1024) * 1024 for size in buffers)
+
+
+def registers(problem: Problem, config: BackwardConfig) -> int:
+    """Registers of a consumer's thread at its fullest: the sums, logits, their gradients and the rest."""
+    columns = chunks(problem, problem.D).columns + chunks(problem, problem.Dv).columns
+    sums = config.keys * columns / 128
+    block = config.keys * config.block_q / 128
+    # P and dP, which then become 16 bits and leave room for dQ.
+    return math.ceil(sums + 2 * block) + _OTHER_REGISTERS
+
+
+def too_large_backward(problem: Problem, config: BackwardConfig) -> str | None:
+    """Why a multiprocessor cannot hold a thread block of these sizes, or None if it can."""
+    needed, most = shared_bytes(problem, config), SHARED_BYTES
+    if needed > most:
+        return f"tiles take {needed} bytes of shared memory, a thread block has {most}"
+    if max(config.tile_kv, config.block_q) > _LONGEST_BOX:
+        return f"TMA brings at most {_LONGEST_BOX} rows at once"
+    needed, most = registers(problem, config), REGISTERS[config.consumers][0]
+    if needed > most:
+        return f"tiles take {needed} registers of a thread, it has {most}"
+    return None
+
+
+def refuses_backward(problem: Problem) -> str | None:
+    """Why the backward kernel does not run a problem that the forward kernel runs, or None."""
+    config = choose_backward_config(problem)
+    if config is None:
+        return f"it takes head dims up to {_TABLE[-1][0]}, not {max(problem.D, problem.Dv)}"
+    return too_large_backward(problem, config)

@@ -1,0 +1,482 @@
+"""The backward kernel: FlashAttention-3 (arXiv 2407.08608, algorithm 3) in Pallas Mosaic GPU, sm_90a.
+
+Five products for each pair of blocks, in one kernel. With the keys of a tile as rows,
+
+    S^T = K Q^T        P^T = exp2(S^T - lse)      dP^T = V dO^T       dS^T = P^T (dP^T - delta)
+    dV += P^T dO       dK += dS^T Q               dQ += dS K
+
+Who does what. A thread block has one producer warpgroup and 1 to 3 consumer warpgroups. It takes tiles of
+`consumers * keys` keys of one key head (`BackwardPlan`). The producer brings K and V of the tile and then,
+block by block, Q, dO and their statistics through rings, for all heads of the group. A consumer has `keys`
+rows of the tile: its S^T, dP^T, dK and dV stay in registers from beginning to end, P^T and dS^T are left
+operands from registers. dQ needs the keys of all consumers: dS^T goes to shared memory, and each consumer
+computes a share of the block of dQ, which TMA adds to a float32 array in device memory. These sums arrive in
+any order, so dQ differs from run to run by its rounding.
+
+The accumulator of dP^T starts at minus delta, which saves a subtraction. The softmax runs under the product
+V dO^T; while one consumer computes, the products of the others run.
+
+Shared memory, in bytes for 16-bit numbers, with D and Dv padded as `Chunks` says: k 2 tile_kv D, v 2 tile_kv
+Dv, q 2 stages_q block_q D, do 2 stages_do block_q Dv, ds 2 slots_ds tile_kv block_q, dq 256 consumers
+slots_dq tile, statistics 8 stages_q block_q. `_backward_configs.shared_bytes` adds them up. The barriers are
+described in `BackwardMemory`.
+
+What is hidden may hold anything, and 0 * NaN is NaN. With masks, keys that are not finite become 0 in shared
+memory once for each tile. The weights of hidden pairs are replaced, and gradients of logits whose weight
+is 0. Queries that see no key stand in blocks that are visible in part: where there are such, their rows of Q
+and dO become 0 in shared memory. Rows beyond the last query have lse = inf.
+
+Nothing has been measured yet; what is tried and lost will stand here with its figures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from flash_attention_jax._impl.hopper import _softmax
+from flash_attention_jax._impl.hopper._backward_blocks import BackwardPlan, KeyPlace, seen_by_block
+from flash_attention_jax._impl.hopper._backward_configs import REGISTERS, Share, share
+from flash_attention_jax._impl.hopper._backward_memory import BackwardMemory
+from flash_attention_jax._impl.hopper._blocks import COLUMNS, ROWS, Tables, Visits, load, rem
+from flash_attention_jax._impl.hopper._softmax import across
+
+Array = Any
+_WGMMA = plgpu.Layout.WGMMA
+_LSE, _DELTA = 0, 1
+
+
+def _rows_of(problem: Any, ref: Any, batch: Any, head: Any) -> Any:
+    """The (length, dim) array of one head, where it lies."""
+    if problem.order == "BNTD":
+        return ref.at[batch, head]
+    return ref.at[batch, :, head]
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardArrays:
+    """What lies in device memory.
+
+    Attributes:
+        q, k, v, do: in the memory order of the problem; dk, dv: as k and v.
+        statistics: float32 (B, N, 2, T'), lse in log2 units, inf for queries that see nothing, and minus
+            delta; T' is T rounded up to whole blocks.
+        dead: int32 (B, N, blocks), whether a block has queries that see nothing; None where none can.
+        dq: float32 (B N T', D') that the kernel adds to; (tiles, B N T', D') for the interpreter. None where
+            it is not wanted.
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    do: Any
+    statistics: Any
+    dk: Any
+    dv: Any
+    tables: Tables
+    dead: Any = None
+    dq: Any = None
+
+
+def differentiate(plan: BackwardPlan, arrays: BackwardArrays, memory: BackwardMemory) -> None:
+    """The body of the kernel, for every warpgroup."""
+    warpgroup = lax.axis_index("warpgroup")
+    consumers = plan.config.consumers
+    for_consumers, for_producer = REGISTERS[consumers]
+
+    @pl.when(warpgroup < consumers)
+    def _():
+        if consumers > 1:
+            plgpu.set_max_registers(for_consumers, action="increase")
+        BackwardConsumer(plan, arrays, memory, warpgroup).run()
+
+    @pl.when(warpgroup == consumers)
+    def _():
+        if consumers > 1:
+            plgpu.set_max_registers(for_producer, action="decrease")
+        produce(plan, arrays, memory)
+
+
+def _over_tiles(plan: BackwardPlan, arrays: BackwardArrays, body: Any) -> None:
+    """Calls body(batch, head, row, visits, steps before) for every tile of this thread block."""
+    block = lax.axis_index("block")
+
+    def tile(n, count):
+        batch, head, row = plan.across.tile(arrays.tables, block, n)
+        visits = plan.visits(arrays.tables, batch, row)
+        body(batch, head, row, visits, count)
+        return count + visits.seen * plan.problem.G
+
+    lax.fori_loop(jnp.int32(0), plan.across.rounds(arrays.tables, block), tile, jnp.int32(0))
+
+
+def _over_steps(plan: BackwardPlan, visits: Visits, body: Any, carry: Any) -> Any:
+    """carry = body(i, carry, masked) for every step of a tile, those visible in part first."""
+    group, begin = plan.problem.G, jnp.int32(0)
+    if plan.hides:
+        end = visits.partial * group
+        carry = lax.fori_loop(begin, end, lambda i, x: body(i, x, True), carry)
+        begin = end
+    return lax.fori_loop(begin, visits.seen * group, lambda i, x: body(i, x, False), carry)
+
+
+def produce(plan: BackwardPlan, arrays: BackwardArrays, memory: BackwardMemory) -> None:
+    """The producer: K and V of a tile, then its blocks of Q, of the statistics and of dO."""
+    p, c, m = plan.problem, plan.config, memory
+
+    def tile(batch, head, row, visits, count):
+        keys = pl.ds(row * c.tile_kv, c.tile_kv)
+        plgpu.barrier_wait(m.kv_free)
+        m.k.fetch(_rows_of(p, arrays.k, batch, head), keys, m.k_full)
+        m.v.fetch(_rows_of(p, arrays.v, batch, head), keys, m.v_full)
+
+        def bring(i, _, masked):
+            of_group, block = plan.step(visits, i, masked)
+            n = head * p.G + of_group
+            rows = pl.ds(block * c.block_q, c.block_q)
+            slot = rem(count + i, c.stages_q)
+            plgpu.barrier_wait(m.q_free.at[slot])
+            m.q.fetch(_rows_of(p, arrays.q, batch, n), rows, m.q_full.at[slot], slot)
+            both = arrays.statistics.at[batch, n, :, rows]
+            plgpu.copy_gmem_to_smem(both, m.statistics.at[slot], m.q_full.at[slot])
+            slot = rem(count + i, c.stages_do)
+            plgpu.barrier_wait(m.do_free.at[slot])
+            m.do.fetch(_rows_of(p, arrays.do, batch, n), rows, m.do_full.at[slot], slot)
+
+        _over_steps(plan, visits, bring, None)
+
+    _over_tiles(plan, arrays, tile)
+    # Nothing may be under way when the barriers go.
+    plgpu.barrier_wait(m.kv_free)
+    for slot in range(c.stages_q):
+        plgpu.barrier_wait(m.q_free.at[slot])
+    for slot in range(c.stages_do):
+        plgpu.barrier_wait(m.do_free.at[slot])
+
+
+class Tile(NamedTuple):
+    """Where a consumer stands, and the index of its tile."""
+
+    place: KeyPlace
+    row: Any
+
+
+class Slots(NamedTuple):
+    """Of a block of queries in the rings, and of its dS."""
+
+    q: Any
+    do: Any
+    ds: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardConsumer:
+    """One consumer warpgroup."""
+
+    plan: BackwardPlan
+    arrays: BackwardArrays
+    memory: BackwardMemory
+    own: Any
+
+    @property
+    def interpreted(self) -> bool:
+        """Whether the interpreter runs this."""
+        return self.memory.weights is not None
+
+    def run(self) -> None:
+        """All tiles of this thread block."""
+        m, c = self.memory, self.plan.config
+        # Everything is free at first.
+        plgpu.barrier_arrive(m.kv_free)
+        for slot in range(c.stages_q):
+            plgpu.barrier_arrive(m.q_free.at[slot])
+        for slot in range(c.stages_do):
+            plgpu.barrier_arrive(m.do_free.at[slot])
+        _over_tiles(self.plan, self.arrays, self._tile)
+        plgpu.wait_smem_to_gmem(0)
+
+    def _tile(self, batch, head, row, visits, count):
+        plan, p, c, m = self.plan, self.plan.problem, self.plan.config, self.memory
+        first = row * c.tile_kv + self.own * c.keys
+        place = KeyPlace(batch, head, first, plan.offset(self.arrays.tables, batch))
+        plgpu.barrier_wait(m.k_full)
+        plgpu.barrier_wait(m.v_full)
+        if p.masked:
+            self._repair_keys()
+
+        def step(i, sums, masked):
+            return self._step(sums, Tile(place, row), plan.step(visits, i, masked), count + i, masked)
+
+        zeros = self._zeros(m.q.of), self._zeros(m.do.of)
+        dk, dv = _over_steps(plan, visits, step, zeros)
+        self._give_out(batch, head, first, dk, dv)
+
+    def _zeros(self, of: Any) -> tuple[Array, ...]:
+        zero = jnp.zeros((self.plan.config.keys, of.width), jnp.float32)
+        return tuple(plgpu.layout_cast(zero, _WGMMA) for _ in range(of.count))
+
+    def _meet(self) -> None:
+        """Waits for all consumers."""
+        plgpu.barrier_arrive(self.memory.done)
+        plgpu.barrier_wait(self.memory.done)
+
+    @property
+    def _keys(self) -> Any:
+        """This consumer's rows of the tile."""
+        return pl.ds(self.own * self.plan.config.keys, self.plan.config.keys)
+
+    # One block of queries.
+
+    def _step(self, sums: Any, tile: Tile, at: Any, n: Any, masked: bool) -> Any:
+        plan, c, m = self.plan, self.plan.config, self.memory
+        head, block = tile.place.head * plan.problem.G + at[0], at[1]
+        slots = Slots(rem(n, c.stages_q), rem(n, c.stages_do), rem(n, c.slots_ds))
+        plgpu.barrier_wait(m.q_full.at[slots.q])
+        plgpu.barrier_wait(m.do_full.at[slots.do])
+        if masked and self.arrays.dead is not None:
+            dead = self.arrays.dead[tile.place.batch, head, block] != 0
+            pl.when(dead)(lambda: self._repair_queries(slots))
+
+        def seen():
+            return seen_by_block(plan, self.arrays.tables, tile.place, block)
+
+        weights, slopes = self._weights_and_slopes(slots, seen if masked else None)
+        if self.arrays.dq is not None:
+            self._share_slopes(slopes, slots.ds)
+        start = ((tile.place.batch * plan.problem.N + head) * plan.length) + block * c.block_q
+        sums = self._gradients(sums, weights, slopes, slots, lambda dq: self._send(dq, tile.row, start))
+        plgpu.barrier_arrive(m.q_free.at[slots.q])
+        return sums
+
+    def _weights_and_slopes(self, slots: Slots, seen: Any) -> tuple[Array, Array]:
+        """P^T and dS^T in 16 bits; seen() says what is visible, and is None where everything is."""
+        p, c, m = self.plan.problem, self.plan.config, self.memory
+        shape = (c.keys, c.block_q)
+
+        def statistic(i):
+            values = load(m.statistics.at[slots.q, i], layout=COLUMNS)
+            return lax.broadcast_in_dim(values, shape, [1])
+
+        def issue(products, gradients):
+            self._issue_logits(products, slots.q)
+            self._issue_weight_gradients(gradients, slots.do)
+            early = statistic(_LSE) if c.early_lse else None
+            x = plgpu.wgmma_accumulator_load(products, wait_n=m.v.of.count)
+            # Nothing of the softmax may move before the wait, which the compiler cannot tell.
+            x = lax.optimization_barrier(x)
+            return self._softmax(x, statistic(_LSE) if early is None else early, seen)
+
+        delta = statistic(_DELTA)
+        if self.interpreted:
+
+            def scoped(products, gradients):
+                return issue(products, gradients), gradients[...]
+
+            acc = plgpu.WGMMAAccumulatorRef(shape)
+            found, gradients = pl.run_scoped(scoped, acc, acc)
+            # The interpreter's accumulators start at 0.
+            gradients = gradients + delta
+        else:
+
+            def stateful(refs):
+                products, gradients, results = refs
+                for ref, x in zip(results, issue(products, gradients), strict=True):
+                    ref[...] = x
+
+            zero = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), _WGMMA)
+            starts = (zero, plgpu.layout_cast(delta, _WGMMA))
+            accs = (plgpu.WGMMAAccumulatorRef.init(x) for x in starts)
+            results = [zero] if p.softcap is None else [zero, zero.astype(p.dtype)]
+            _, gradients, found = pl.run_state(stateful)((*accs, results))
+        slope, weights = (*found, found[0])[:2]
+        slopes = slope * gradients
+        if seen is not None:
+            slopes = jnp.where(slope == 0, 0.0, slopes)
+        return weights.astype(p.dtype), slopes.astype(p.dtype)
+
+    def _softmax(self, x: Array, lse: Array, seen: Any) -> list[Array]:
+        """P^T times the slope of the logits over scale * S^T, float32; with a softcap P^T in 16 bits too."""
+        p = self.plan.problem
+        x, factor = _softmax.logits(p, x)
+        weights = jnp.exp2(x * factor - lse)
+        slope = weights if p.softcap is None else weights * (1 - x * x)
+        if seen is not None:
+            kept = seen()
+            weights, slope = (jnp.where(kept, y, 0.0) for y in (weights, slope))
+        return [slope] if p.softcap is None else [slope, weights.astype(p.dtype)]
+
+    def _share_slopes(self, slopes: Array, slot: Any) -> None:
+        """Writes this consumer's rows of dS^T to shared memory, and waits for those of the others."""
+        c, m = self.plan.config, self.memory
+        if c.slots_ds == 1:
+            # All must have read the block before.
+            self._meet()
+        for group in range(c.block_q // 64):
+            m.ds[slot, group, self._keys] = slopes[:, group * 64 : (group + 1) * 64]
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(m.ds_full.at[slot])
+        # Not between products: where there is a branch while some are under way, ptxas serializes every
+        # `wgmma` of the kernel (C7513).
+        plgpu.barrier_wait(m.ds_full.at[slot])
+
+    def _gradients(self, sums: Any, weights: Array, slopes: Array, slots: Slots, send: Any) -> Any:
+        """dK and dV with those of this block added; send(values) has this consumer's share of dQ."""
+        m, wanted = self.memory, self.arrays.dq is not None
+        part = share(self.plan.problem, self.plan.config)
+        count = part.groups * part.chunks if wanted else 0
+        left: Any = (weights, slopes)
+        if self.interpreted:
+            for i, x in enumerate(left):
+                m.weights[self.own, i] = x
+            plgpu.commit_smem()
+            left = [m.weights.at[self.own, i] for i in range(2)]
+
+        def issue(dk, dv, dq):
+            for chunk, acc in enumerate(dv):
+                plgpu.wgmma(acc, left[0], m.do.tiles.at[slots.do, chunk])
+            if wanted:
+                self._issue_query_gradients(dq, part, slots.ds)
+            for chunk, acc in enumerate(dk):
+                plgpu.wgmma(acc, left[1], m.q.tiles.at[slots.q, chunk])
+            plgpu.wgmma_wait(len(dq) + len(dk))
+            plgpu.barrier_arrive(m.do_free.at[slots.do])
+            values = [plgpu.wgmma_accumulator_load(x, wait_n=len(dk)) for x in dq]
+            if wanted:
+                send([lax.optimization_barrier(x) for x in values])
+
+        shape = (64, m.k.of.width)
+        if not self.interpreted:
+            zero = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), _WGMMA)
+            starts = (*sums, [zero] * count)
+            accs = [[plgpu.WGMMAAccumulatorRef.init(x) for x in part] for part in starts]
+            dk, dv, _ = pl.run_state(lambda refs: issue(*refs))(accs)
+            return tuple(dk), tuple(dv)
+        kinds = [[plgpu.WGMMAAccumulatorRef(x.shape) for x in part] for part in sums]
+        kinds.append([plgpu.WGMMAAccumulatorRef(shape)] * count)
+
+        def scoped(*accs):
+            n, both = len(sums[0]), len(sums[0]) + len(sums[1])
+            issue(accs[:n], accs[n:both], accs[both:])
+            return [acc[...] for acc in accs[:both]]
+
+        parts = pl.run_scoped(scoped, *(kind for row in kinds for kind in row))
+        dk, dv = parts[: len(sums[0])], parts[len(sums[0]) :]
+        return tuple(tuple(map(jnp.add, *pair)) for pair in zip(sums, (dk, dv), strict=True))
+
+    # Products.
+
+    def _issue_logits(self, acc: Any, slot: Any) -> None:
+        m = self.memory
+        wide = m.q.of.width // m.k.of.width
+        for chunk in range(m.k.of.count):
+            k = m.k.tiles.at[chunk, self._keys]
+            # A chunk of Q may hold several of K.
+            of_q, at = divmod(chunk, wide)
+            columns = pl.ds(at * m.k.of.width, m.k.of.width)
+            q = m.q.tiles.at[slot, of_q] if wide == 1 else m.q.tiles.at[slot, of_q, :, columns]
+            plgpu.wgmma(acc, k, q.T)
+
+    def _issue_weight_gradients(self, acc: Any, slot: Any) -> None:
+        m = self.memory
+        for chunk in range(m.v.of.count):
+            plgpu.wgmma(acc, m.v.tiles.at[chunk, self._keys], m.do.tiles.at[slot, chunk].T)
+
+    def _issue_query_gradients(self, accs: Any, part: Share, slot: Any) -> None:
+        """This consumer's share of dS K."""
+        m = self.memory
+        for acc, (group, chunk) in zip(accs, self._pieces(part), strict=True):
+            last = m.k.of.count - 1
+            chunk = chunk if isinstance(chunk, int) else jnp.minimum(chunk, last)
+            plgpu.wgmma(acc, m.ds.at[slot, group].T, m.k.tiles.at[chunk])
+
+    def _pieces(self, part: Share) -> list[tuple[Any, Any]]:
+        """Row group and chunk of this consumer's parts of dQ."""
+        groups, chunks = range(part.groups), range(part.chunks)
+        if part.by_rows:
+            return [(self.own * part.groups + g, chunk) for g in groups for chunk in chunks]
+        return [(g, self.own * part.chunks + chunk) for g in groups for chunk in chunks]
+
+    # Results.
+
+    def _send(self, values: Any, row: Any, start: Any) -> None:
+        """Adds this consumer's share of a block of dQ, whose first row is `start`."""
+        c, m = self.plan.config, self.memory
+        part, of = share(self.plan.problem, c), m.k.of
+        # TMA leaves out columns beyond the array; the interpreter does not.
+        guarded = self.interpreted and not part.by_rows and of.count % c.consumers != 0
+        pieces = len(values) * of.width // of.tile
+        slots = c.slots_dq if pieces % c.slots_dq == 0 else 1
+        into = self.arrays.dq.at[row] if self.interpreted else self.arrays.dq
+        how = {} if self.interpreted else {"reduction_op": "add"}
+        sent = 0
+        for value, (group, chunk) in zip(values, self._pieces(part), strict=True):
+            for column in range(0, of.width, of.tile):
+                slot = sent % slots
+                plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
+                m.dq[self.own, slot] = value[:, column : column + of.tile]
+                plgpu.commit_smem()
+                rows, columns = start + group * 64, chunk * of.width + column
+                to = into.at[pl.ds(rows, 64), pl.ds(rows * 0 + columns, of.tile)]
+
+                def copy(slot=slot, to=to):
+                    plgpu.copy_smem_to_gmem(m.dq.at[self.own, slot], to, **how)
+
+                pl.when(chunk < of.count)(copy) if guarded else copy()
+                sent += 1
+
+    def _give_out(self, batch: Any, head: Any, first: Any, dk: Any, dv: Any) -> None:
+        """Writes dK and dV of this consumer's keys, by way of K and V; TMA leaves out what is beyond."""
+        p, c, m = self.plan.problem, self.plan.config, self.memory
+        # The others may still read K for dQ.
+        self._meet()
+        for chunk, x in enumerate(dv):
+            m.v.tiles[chunk, self._keys] = x.astype(p.dtype)
+        for chunk in range(m.k.of.count):
+            of_q, at = divmod(chunk * m.k.of.width, m.q.of.width)
+            x = dk[of_q] if m.k.of.width == m.q.of.width else dk[of_q][:, at : at + m.k.of.width]
+            m.k.tiles[chunk, self._keys] = (x * p.scale).astype(p.dtype)
+        plgpu.commit_smem()
+        for buffer, ref in ((m.v, self.arrays.dv), (m.k, self.arrays.dk)):
+            to = _rows_of(p, ref, batch, head)
+            for chunk in range(buffer.of.count):
+                columns = pl.ds(first * 0 + chunk * buffer.of.width, buffer.of.width)
+                target = to.at[pl.ds(first, c.keys), columns]
+                plgpu.copy_smem_to_gmem(buffer.plain.at[chunk, self._keys], target)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.barrier_arrive(m.kv_free)
+
+    # What is hidden and not finite.
+
+    def _repair_keys(self) -> None:
+        """Makes this consumer's keys finite; no visible one may be otherwise."""
+        m, c = self.memory, self.plan.config
+        for low in range(0, c.keys, 64):
+            rows = pl.ds(self.own * c.keys + low, 64)
+            for chunk in range(m.k.of.count):
+                part = load(m.k.tiles.at[chunk, rows], layout=_WGMMA)
+                finite = jnp.abs(part.astype(jnp.float32)) < jnp.inf
+                m.k.tiles[chunk, rows] = jnp.where(finite, part, jnp.zeros_like(part))
+        plgpu.commit_smem()
+
+    def _repair_queries(self, slots: Slots) -> None:
+        """Makes the rows of Q and dO of queries that see nothing 0, each consumer some of them."""
+        m, c = self.memory, self.plan.config
+        for group in range(c.block_q // 64):
+            rows = pl.ds(group * 64, 64)
+
+            def repair(rows=rows):
+                lse = load(m.statistics.at[slots.q, _LSE, rows], layout=ROWS)
+                for buffer, slot in ((m.q, slots.q), (m.do, slots.do)):
+                    for chunk in range(buffer.of.count):
+                        part = load(buffer.tiles.at[slot, chunk, rows], layout=_WGMMA)
+                        alive = across(lse, part.shape) < jnp.inf
+                        buffer.tiles[slot, chunk, rows] = jnp.where(alive, part, jnp.zeros_like(part))
+
+            pl.when(self.own == group % c.consumers)(repair)
+        plgpu.commit_smem()
+        self._meet()
