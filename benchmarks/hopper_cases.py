@@ -124,27 +124,15 @@ BACKWARD_CHECKS: dict[str, tuple[Any, ...]] = {
     "dead-and-masked": (2, 400, 264, 4, 2, 64, 64, {"causal": True, "key_mask": "random", "poison": True}),
 }
 
-_RINGS = [
-    dict(stages_q=q, stages_do=do, slots_ds=ds, slots_dq=dq)
-    for q, do, ds, dq in ((2, 2, 1, 1), (3, 2, 2, 1), (1, 1, 2, 1), (2, 1, 2, 1))
-]
-_ORDERS = [{"persistent": True}, {"section": None}, {"section": 1}, {"section": 4}]
-# What is varied: fields of `BackwardConfig`, beside the table's choice; the backward kernel alone.
+_KEPT = [{"section": 1}, {"section": 4}, {"persistent": True}]
 BACKWARD_VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "d128": [{"early_lse": True}, {"lane": True}, {"persistent": True}, *_RINGS],
-    "d128-causal": [{"early_lse": True}, *_ORDERS, {"persistent": True}],
-    "d64": [
-        {"early_lse": True},
-        {"lane": True},
-        {"persistent": True},
-        {"block_q": 64, "consumers": 1, "keys": 64},
-        {"block_q": 64, "consumers": 1, "keys": 128},
-        *_RINGS,
-    ],
-    "d64-causal": [{"early_lse": True}, *_ORDERS],
-    "4k-causal": [{"persistent": True}, {"section": None}],
-    "2k-causal": [{"persistent": True}, {"section": None}],
-    "gqa-causal": [{"persistent": True}, {"section": 1}, {"section": 2}, {"section": None}],
+    "d128": [{"rotate": False}, *_KEPT, {"slots_ds": 1}],
+    "d128-causal": [*_KEPT[:2], {"slots_ds": 1}],
+    "d64": [{"rotate": False}, *_KEPT, {"slots_ds": 1}, {"block_q": 64}],
+    "d64-causal": [*_KEPT, {"slots_ds": 1}, {"block_q": 64}],
+    "4k": [{"rotate": False}, {"section": 1}, {"section": None}],
+    "2k-causal": [{"persistent": True}, {"section": 16}, {"section": 4}],
+    "gqa-causal": [{"section": 1}, {"section": 4}],
 }
 _BACKWARD_SHAPES = (
     "d128",

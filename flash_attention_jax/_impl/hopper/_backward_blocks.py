@@ -86,6 +86,10 @@ class BackwardPlan:
     def visits(self, refs: Tables, batch: Any, row: Any) -> Visits:
         """The blocks of queries of one head that see a tile."""
         visits = self.across.visits(refs, batch, row)
+        if self.config.rotate and not self.problem.masked:
+            blocks = self.length // self.config.block_q
+            begin = row * max(1, blocks // self.across.tiles_t)
+            visits = visits._replace(index=lambda i: _blocks.rem(i + begin, blocks))
         if not self.ragged:
             return visits
         # What is beyond the last key must be hidden.

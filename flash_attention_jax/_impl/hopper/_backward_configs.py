@@ -31,6 +31,8 @@ class BackwardConfig:
         slots_dq: pieces of 64 rows of dQ that a consumer may have on their way out.
         early_lse: whether lse is read before the logits are there; registers hold it meanwhile.
         persistent: whether a thread block stays on its multiprocessor and takes tile after tile.
+        rotate: whether, without a mask, each tile begins with other queries, so that tiles which run side by
+            side do not add to the same rows of dQ.
         section: heads whose tiles are ordered together, longest first; None is all heads.
         lane: whether Mosaic lowers thread by thread instead of warpgroup by warpgroup.
     """
@@ -44,6 +46,7 @@ class BackwardConfig:
     slots_dq: int = 1
     early_lse: bool = False
     persistent: bool = False
+    rotate: bool = True
     section: int | None = None
     lane: bool = False
 
@@ -105,8 +108,8 @@ def choose_backward_config(problem: Problem) -> BackwardConfig | None:
     """The sizes for a problem, or None where no sizes fit."""
     widest = max(chunks(problem, dim).columns for dim in (problem.D, problem.Dv))
     config = next((config for limit, config in _TABLE if widest <= limit), None)
-    if config is None or not problem.masked:
-        return config
+    if config is None:
+        return None
     return dataclasses.replace(config, section=_section(problem))
 
 
