@@ -36,9 +36,7 @@ def scratch(problem: Problem, config: BackwardConfig, interpreted: bool) -> dict
         "v": buffer("v", of["v"].count, c.tile_kv),
         "q": buffer("q", c.stages_q, of["q"].count, c.block_q),
         "do": buffer("do", c.stages_do, of["do"].count, c.block_q),
-        "ds": plgpu.SMEM(
-            (c.slots_ds, c.block_q // 64, c.tile_kv, 64), jnp.dtype(p.dtype), transforms=of_ds
-        ),
+        "ds": plgpu.SMEM((c.slots_ds, c.block_q // 64, c.tile_kv, 64), jnp.dtype(p.dtype), transforms=of_ds),
         "dq": plgpu.SMEM((c.consumers, c.slots_dq, 64, tile), jnp.float32, transforms=of_dq),
         "statistics": plgpu.SMEM((c.stages_q, 2, c.block_q), jnp.float32),
         "k_full": plgpu.Barrier(num_arrivals=of["k"].count),

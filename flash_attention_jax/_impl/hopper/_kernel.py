@@ -291,7 +291,9 @@ class Consumer:
         plgpu.barrier_arrive(self.memory.q_free)
         return State.of(flat)
 
-    def _step_alone(self, state: State, place: Place, visits: Visits, count: Any, i: Any, masked: bool) -> State:
+    def _step_alone(
+        self, state: State, place: Place, visits: Visits, count: Any, i: Any, masked: bool
+    ) -> State:
         """Algorithm 1 for one block: logits, softmax and sums after each other."""
         p, m = self.plan.problem, self.memory
         at = self._at(count + i)
