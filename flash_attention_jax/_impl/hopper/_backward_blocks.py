@@ -143,8 +143,12 @@ class KeyPlace:
     offset: Any
 
 
-def seen_by_block(plan: BackwardPlan, refs: Tables, place: KeyPlace, block: Any) -> Array:
-    """Bool (keys, block_q): `_mask.visible` inside a block of queries, False beyond the last key."""
+def seen_by_block(plan: BackwardPlan, refs: Tables, place: KeyPlace, block: Any, zero: Any) -> Array:
+    """Bool (keys, block_q): `_mask.visible` inside a block of queries, False beyond the last key.
+
+    Args:
+        zero: 0, which only the caller knows: columns that depend on it are not kept in registers of a loop.
+    """
     p, c = plan.problem, plan.config
     shape = (c.keys, c.block_q)
     start = block * c.block_q
@@ -153,11 +157,11 @@ def seen_by_block(plan: BackwardPlan, refs: Tables, place: KeyPlace, block: Any)
     if plan.ragged:
         terms.append(rows < p.S - place.first)
     if p.banded:
-        distance, here = rows - cols, start + place.offset - place.first
+        here, cols = start + place.offset - place.first, cols + zero
         if p.left is not None:
-            terms.append(distance >= here - p.left)
+            terms.append(rows - (here - p.left) >= cols)
         if p.right is not None:
-            terms.append(distance <= here + p.right)
+            terms.append(rows - (here + p.right) <= cols)
     if refs.key_mask is not None:
         kept = _vector(refs.key_mask, place.batch, place.first, c.keys, ROWS)
         terms.append(lax.broadcast_in_dim(kept, shape, [0]) != 0)

@@ -167,11 +167,16 @@ class Tile(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """Of a block of queries in the rings, and of its dS."""
+    """Of a block of queries in the rings, and of its dS; `zero` is 0.
+
+    Only the kernel knows that. Products find K and V by way of it: the compiler would compute the 24
+    descriptors of their pieces before the loop, and keep them in registers that it does not have.
+    """
 
     q: Any
     do: Any
     ds: Any
+    zero: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +240,8 @@ class BackwardConsumer:
     def _step(self, sums: Any, tile: Tile, at: Any, n: Any, masked: bool) -> Any:
         plan, c, m = self.plan, self.plan.config, self.memory
         head, block = tile.place.head * plan.problem.G + at[0], at[1]
-        slots = Slots(rem(n, c.stages_q), rem(n, c.stages_do), rem(n, c.slots_ds))
+        zero = lax.optimization_barrier(jnp.int32(0))
+        slots = Slots(rem(n, c.stages_q), rem(n, c.stages_do), rem(n, c.slots_ds), zero)
         plgpu.barrier_wait(m.q_full.at[slots.q])
         plgpu.barrier_wait(m.do_full.at[slots.do])
         if masked and self.arrays.dead is not None:
@@ -243,7 +249,7 @@ class BackwardConsumer:
             pl.when(dead)(lambda: self._repair_queries(slots))
 
         def seen():
-            return seen_by_block(plan, self.arrays.tables, tile.place, block)
+            return seen_by_block(plan, self.arrays.tables, tile.place, block, zero)
 
         weights, slopes = self._weights_and_slopes(slots, seen if masked else None)
         if self.arrays.dq is not None:
@@ -263,8 +269,8 @@ class BackwardConsumer:
             return lax.broadcast_in_dim(values, shape, [1])
 
         def issue(products, gradients):
-            self._issue_logits(products, slots.q)
-            self._issue_weight_gradients(gradients, slots.do)
+            self._issue_logits(products, slots)
+            self._issue_weight_gradients(gradients, slots)
             early = statistic(_LSE) if c.early_lse else None
             x = plgpu.wgmma_accumulator_load(products, wait_n=m.v.of.count)
             # Nothing of the softmax may move before the wait, which the compiler cannot tell.
@@ -300,7 +306,7 @@ class BackwardConsumer:
         return weights.astype(p.dtype), slopes.astype(p.dtype)
 
     def _softmax(self, x: Array, lse: Array, seen: Any) -> list[Array]:
-        """P^T times the slope of the logits over scale * S^T, float32; with a softcap P^T in 16 bits too."""
+        """P^T times the slope of the softcap, float32; where there is one, P^T in 16 bits too."""
         p = self.plan.problem
         x, factor = _softmax.logits(p, x)
         weights = jnp.exp2(x * factor - lse)
@@ -340,7 +346,7 @@ class BackwardConsumer:
             for chunk, acc in enumerate(dv):
                 plgpu.wgmma(acc, left[0], m.do.tiles.at[slots.do, chunk])
             if wanted:
-                self._issue_query_gradients(dq, part, slots.ds)
+                self._issue_query_gradients(dq, part, slots)
             for chunk, acc in enumerate(dk):
                 plgpu.wgmma(acc, left[1], m.q.tiles.at[slots.q, chunk])
             plgpu.wgmma_wait(len(dq) + len(dk))
@@ -370,29 +376,30 @@ class BackwardConsumer:
 
     # Products.
 
-    def _issue_logits(self, acc: Any, slot: Any) -> None:
+    def _issue_logits(self, acc: Any, slots: Slots) -> None:
         m = self.memory
         wide = m.q.of.width // m.k.of.width
         for chunk in range(m.k.of.count):
-            k = m.k.tiles.at[chunk, self._keys]
+            k = m.k.tiles.at[slots.zero + chunk, self._keys]
             # A chunk of Q may hold several of K.
             of_q, at = divmod(chunk, wide)
             columns = pl.ds(at * m.k.of.width, m.k.of.width)
-            q = m.q.tiles.at[slot, of_q] if wide == 1 else m.q.tiles.at[slot, of_q, :, columns]
+            q = m.q.tiles.at[slots.q, of_q] if wide == 1 else m.q.tiles.at[slots.q, of_q, :, columns]
             plgpu.wgmma(acc, k, q.T)
 
-    def _issue_weight_gradients(self, acc: Any, slot: Any) -> None:
+    def _issue_weight_gradients(self, acc: Any, slots: Slots) -> None:
         m = self.memory
         for chunk in range(m.v.of.count):
-            plgpu.wgmma(acc, m.v.tiles.at[chunk, self._keys], m.do.tiles.at[slot, chunk].T)
+            v = m.v.tiles.at[slots.zero + chunk, self._keys]
+            plgpu.wgmma(acc, v, m.do.tiles.at[slots.do, chunk].T)
 
-    def _issue_query_gradients(self, accs: Any, part: Share, slot: Any) -> None:
+    def _issue_query_gradients(self, accs: Any, part: Share, slots: Slots) -> None:
         """This consumer's share of dS K."""
         m = self.memory
         for acc, (group, chunk) in zip(accs, self._pieces(part), strict=True):
             last = m.k.of.count - 1
             chunk = chunk if isinstance(chunk, int) else jnp.minimum(chunk, last)
-            plgpu.wgmma(acc, m.ds.at[slot, group].T, m.k.tiles.at[chunk])
+            plgpu.wgmma(acc, m.ds.at[slots.ds, group].T, m.k.tiles.at[slots.zero + chunk])
 
     def _pieces(self, part: Share) -> list[tuple[Any, Any]]:
         """Row group and chunk of this consumer's parts of dQ."""
@@ -412,7 +419,7 @@ class BackwardConsumer:
         pieces = len(values) * of.width // of.tile
         slots = c.slots_dq if pieces % c.slots_dq == 0 else 1
         into = self.arrays.dq.at[row] if self.interpreted else self.arrays.dq
-        how = {} if self.interpreted else {"reduction_op": "add"}
+        how: Any = {} if self.interpreted else {"reduction_op": "add"}
         sent = 0
         for value, (group, chunk) in zip(values, self._pieces(part), strict=True):
             for column in range(0, of.width, of.tile):

@@ -1,0 +1,207 @@
+"""The Hopper backward kernel without a GPU: lowering, visits, and its numbers under the interpreter.
+
+On a JAX older than the kernel needs, every one of these asserts the refusal instead.
+"""
+
+import dataclasses
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_hopper import BANDS, H200, HERE, LOWERED, NEW, TOO_OLD, described, refusal, struct
+
+from flash_attention_jax import Unsupported, flash_attention
+from flash_attention_jax._attend import Call, attend
+from flash_attention_jax._impl.hopper import IMPLEMENTATION
+from flash_attention_jax._impl.hopper import _backward_configs as configs
+from flash_attention_jax._mask import Cover, Masks, block_map
+from flash_attention_jax._problem import Operands, arrange
+
+# Sizes.
+
+
+@pytest.mark.parametrize("length", [1, 77, 4096])
+@pytest.mark.parametrize("causal", [False, True])
+def test_head_dims_fit_the_multiprocessor_or_are_refused(length, causal):
+    problem, _ = described((1, 2, length, 8), (1, 1, 4096, 8), causal=causal)
+    for D in range(8, 257, 8):
+        for Dv in range(8, 257, 8):
+            one = dataclasses.replace(problem, D=D, Dv=Dv)
+            widest = max(D, Dv)
+            expected = None if widest <= 128 else f"it takes head dims up to 128, not {widest}"
+            assert configs.refuses_backward(one) == expected
+
+
+def test_sizes_that_do_not_fit_are_told():
+    problem, _ = described((1, 2, 512, 128), (1, 2, 512, 128))
+    fits = configs.choose_backward_config(problem)
+    more = configs.too_large_backward(problem, dataclasses.replace(fits, stages_q=5))
+    assert more == "tiles take 249856 bytes of shared memory, a thread block has 232448"
+    wider = configs.too_large_backward(problem, dataclasses.replace(fits, keys=128, consumers=1))
+    assert wider == "tiles take 424 registers of a thread, it has 240"
+
+
+@pytest.mark.parametrize("consumers", [1, 2, 3])
+@pytest.mark.parametrize("dim", [16, 64, 72, 128])
+@pytest.mark.parametrize("block_q", [64, 128])
+def test_consumers_share_the_gradient_of_the_queries(consumers, dim, block_q):
+    problem, _ = described((1, 1, 512, dim), (1, 1, 512, dim))
+    config = configs.BackwardConfig(block_q=block_q, consumers=consumers)
+    part, of = configs.share(problem, config), configs.chunks_of_k(problem, config)
+    groups = block_q // 64
+    taken = set()
+    for own in range(consumers):
+        for g in range(part.groups):
+            for c in range(part.chunks):
+                row, column = (own * part.groups + g, c) if part.by_rows else (g, own * part.chunks + c)
+                assert (row, column) not in taken
+                taken.add((row, column))
+    assert taken >= {(g, c) for g in range(groups) for c in range(of.count)}
+
+
+# Visits.
+
+
+@pytest.mark.parametrize("name", BANDS)
+@pytest.mark.parametrize("block_q", [64, 128])
+def test_visits_are_those_of_the_block_map(name, block_q):
+    problem, _ = described((1, 2, 500, 16), (1, 1, 333, 16), **BANDS[name])
+    if not NEW:
+        assert IMPLEMENTATION.refuses(problem, H200) == TOO_OLD
+        return
+    blocks = importlib.import_module("flash_attention_jax._impl.hopper._backward_blocks")
+    config = configs.BackwardConfig(block_q=block_q)
+    plan = blocks.BackwardPlan(problem, config, 1)
+    # Rows beyond the last query count as visible.
+    longer = dataclasses.replace(problem, T=plan.length)
+    cover = np.asarray(block_map(longer, Masks(), block_q, config.tile_kv))[0].T
+    cover = np.broadcast_to(cover, (plan.across.tiles_t, plan.length // block_q)).copy()
+    cover[-1, cover[-1] == Cover.ALL] = Cover.PART
+    for row in range(plan.across.tiles_t):
+        visits = plan.visits(blocks.Tables(), jnp.int32(0), jnp.int32(row))
+        partial, seen = int(visits.partial), int(visits.seen)
+        steps = [plan.step(visits, jnp.int32(i), i < 2 * partial) for i in range(2 * seen)]
+        steps = [(int(head), int(block)) for head, block in steps]
+        for kind, found in ((Cover.PART, steps[: 2 * partial]), (Cover.ALL, steps[2 * partial :])):
+            expected = [(head, block) for head in range(2) for block in np.flatnonzero(cover[row] == kind)]
+            assert sorted(found) == expected
+
+
+# Lowering.
+
+
+def traced(problem, operands, implementation="hopper"):
+    def loss(*arrays):
+        given = arrange(problem, Operands.given(problem, arrays))
+        out, lse = attend(Call(problem, implementation), given)
+        return jnp.sum(out.astype(jnp.float32)) + jnp.sum(lse)
+
+    return jax.jit(jax.grad(loss, (0, 1, 2))).trace(*operands.present())
+
+
+@pytest.mark.parametrize("name", LOWERED)
+def test_lowers_for_cuda(name):
+    problem, operands = described(**LOWERED[name])
+    found = traced(problem, operands)
+    if not NEW:
+        with pytest.raises(Unsupported, match=re.escape(TOO_OLD)):
+            found.lower(lowering_platforms=("cuda",))
+        return
+    shown = found.lower(lowering_platforms=("cuda",)).as_text()
+    fused = configs.refuses_backward(problem) is None
+    assert ("flash_attention_hopper_backward" in shown) == fused
+    assert fused == (max(problem.D, problem.Dv) <= 128)
+
+
+VARIANTS = {
+    "persistent": dict(persistent=True),
+    "one-slot": dict(slots_ds=1, stages_do=1),
+    "early": dict(early_lse=True),
+    "one-consumer": dict(consumers=1, block_q=64),
+    "lane": dict(lane=True),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_every_choice_of_sizes_lowers(name, dim):
+    problem, operands = described((1, 2, 512, dim), (1, 2, 512, dim), causal=True)
+    if not NEW:
+        assert IMPLEMENTATION.refuses(problem, H200) == TOO_OLD
+        return
+    module = importlib.import_module("flash_attention_jax._impl.hopper._backward")
+    config = dataclasses.replace(configs.choose_backward_config(problem), **VARIANTS[name])
+    assert configs.too_large_backward(problem, config) is None
+
+    def f(lse, *arrays):
+        given = arrange(problem, Operands(*arrays))
+        return module.backward(problem, given, lse, given.q, lse, ("q", "k", "v"), config=config)
+
+    lse = struct(1, 2, 512, dtype="float32")
+    lowered = jax.jit(f).trace(lse, *operands.present()).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+
+
+@pytest.mark.parametrize("of", ["q", "k"])
+def test_only_what_is_asked_for_is_computed(of):
+    x = struct(2, 256, 64)
+
+    def loss(q, k, v):
+        return jnp.sum(flash_attention(q, k, v, implementation="hopper").out.astype(jnp.float32))
+
+    found = jax.jit(jax.grad(loss, "qkv".index(of))).trace(x, x, x)
+    if not NEW:
+        with pytest.raises(Unsupported, match=re.escape(TOO_OLD)):
+            found.lower(lowering_platforms=("cuda",))
+        return
+    shown = found.lower(lowering_platforms=("cuda",)).as_text()
+    assert "flash_attention_hopper_backward" in shown
+    # The array that dQ is added to: heads times rows.
+    assert ("tensor<512x64xf32>" in shown) == (of == "q")
+
+
+# Numbers.
+
+INTERPRETED = [
+    "plain",
+    "columns",
+    "ragged",
+    "three-consumers",
+    "persistent",
+    "window",
+    "offsets",
+    "key-mask",
+    "segments",
+    "hidden-nan",
+]
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    """Errors, budgets and races by case."""
+    if not NEW:
+        return None
+    # XLA on the CPU has as many threads as this says.
+    environment = os.environ | {"NPROC": "16", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, str(HERE / "hopper_backward_interpreted.py"), *INTERPRETED]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout[done.stdout.index("{") :])
+
+
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_is_within_its_budget_and_without_races(interpreted, name):
+    if interpreted is None:
+        assert refusal() == TOO_OLD
+        return
+    assert set(interpreted[name]["verdicts"]) == {"dq", "dk", "dv"}
+    for quantity, (error, budget) in interpreted[name]["verdicts"].items():
+        assert error <= budget, quantity
+    assert interpreted[name]["races"] is False
