@@ -72,6 +72,16 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "gqa-causal": [{"section": 24}, {"section": 32}],
 }
 
+# Small odd problems of the check of gradients, beside `CHECKS`.
+BACKWARD_CHECKS: dict[str, tuple[Any, ...]] = {
+    "d64-rows": (1, 128, 128, 1, 1, 64, 64, {}),
+    "d128-columns": (1, 64, 128, 1, 1, 128, 128, {}),
+    "d64-long-causal": (1, 1024, 1024, 2, 2, 64, 64, {"causal": True}),
+    "d128-long-causal": (1, 1024, 1024, 2, 2, 128, 128, {"causal": True}),
+    "d128-group": (2, 320, 448, 8, 2, 128, 128, {"causal": True}),
+    "dead-and-masked": (2, 400, 264, 4, 2, 64, 64, {"causal": True, "key_mask": "random", "poison": True}),
+}
+
 _KEPT = [{"section": 1}, {"section": 4}, {"persistent": True}]
 BACKWARD_VARIANTS: dict[str, list[dict[str, Any]]] = {
     "d128": [{"rotate": False}, *_KEPT, {"slots_ds": 1}],
