@@ -72,6 +72,32 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "gqa-causal": [{"section": 24}, {"section": 32}],
 }
 
+
+def jobs() -> list[dict[str, Any]]:
+    """Everything there is to do, the most important first."""
+    others = {f"d{d}" for d in _OTHER_DIMS}
+    checks = [{"kind": "check", "shape": name, "dtype": "bfloat16"} for name in CHECKS if name not in others]
+    last = [{"kind": "check", "shape": name, "dtype": "bfloat16"} for name in CHECKS if name in others]
+    last += [{"kind": "check", "shape": name, "dtype": "float16"} for name in ("d128", "d80", "everything")]
+    peers = [{"kind": "cudnn", "shape": name} for name in SHAPES]
+    ours = [{"kind": "time", "shape": name, "change": {}} for name in SHAPES]
+    side_by_side = [job for pair in zip(peers, ours, strict=True) for job in pair]
+    queues = [
+        [{"kind": "time", "shape": name, "change": change} for change in changes]
+        for name, changes in VARIANTS.items()
+    ]
+    tuned = []
+    for at in range(max(map(len, queues))):
+        tuned += [q[at] for q in queues if at < len(q)]
+    # A few checks first: what is wrong everywhere shows at once.
+    first = [
+        c for c in checks if c["shape"] in ("d64", "d128", "d256", "d80", "d128-tiled-causal", "key-mask")
+    ]
+    rest = [c for c in checks if c not in first]
+    everything = first + side_by_side + rest + tuned[: len(tuned) // 2] + last + tuned[len(tuned) // 2 :]
+    return [{"id": i, **job} for i, job in enumerate(everything)]
+
+
 # Small odd problems of the check of gradients, beside `CHECKS`.
 BACKWARD_CHECKS: dict[str, tuple[Any, ...]] = {
     "d64-rows": (1, 128, 128, 1, 1, 64, 64, {}),
