@@ -108,15 +108,15 @@ BACKWARD_CHECKS: dict[str, tuple[Any, ...]] = {
     "dead-and-masked": (2, 400, 264, 4, 2, 64, 64, {"causal": True, "key_mask": "random", "poison": True}),
 }
 
-_KEPT = [{"section": 1}, {"section": 4}, {"persistent": True}]
 BACKWARD_VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "d128": [{"rotate": False}, *_KEPT, {"slots_ds": 1}],
-    "d128-causal": [*_KEPT[:2], {"slots_ds": 1}],
-    "d64": [{"rotate": False}, *_KEPT, {"slots_ds": 1}, {"block_q": 64}],
-    "d64-causal": [*_KEPT, {"slots_ds": 1}, {"block_q": 64}],
-    "4k": [{"rotate": False}, {"section": 1}, {"section": None}],
-    "2k-causal": [{"persistent": True}, {"section": 16}, {"section": 4}],
-    "gqa-causal": [{"section": 1}, {"section": 4}],
+    "d128": [{"rotate": False}],
+    "d128-causal": [{"persistent": False}, {"section": 2}],
+    "d64": [{"rotate": False}, {"section": 4}],
+    "d64-causal": [{"persistent": False}, {"section": 2}],
+    "4k-causal": [{"persistent": False}, {"section": 4}],
+    "2k-causal": [{"persistent": False}, {"section": 8}],
+    "gqa-causal": [{"persistent": False}],
+    "512-causal": [{"persistent": False}],
 }
 _BACKWARD_SHAPES = (
     "d128",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from flash_attention_jax._impl.hopper._configs import SHARED_BYTES, Chunks, chunks
+from flash_attention_jax._impl.hopper._configs import SHARED_BYTES, Chunks, chunks, static_band
 from flash_attention_jax._problem import Problem
 
 # `setmaxnreg` for consumers and producer, by the number of consumers; see `_configs.REGISTERS`.
@@ -110,15 +110,18 @@ def choose_backward_config(problem: Problem) -> BackwardConfig | None:
     config = next((config for limit, config in _TABLE if widest <= limit), None)
     if config is None:
         return None
-    return dataclasses.replace(config, section=_section(problem))
+    persistent = problem.banded and static_band(problem)
+    return dataclasses.replace(config, persistent=persistent, section=_section(problem))
 
 
-# Half of the H200's second cache level: Q and dO of the heads whose tiles run side by side should stay there.
-_SECTION_BYTES = 24 * 2**20
+# Q, dO and dQ of the heads whose tiles run side by side should stay in the second cache level.
+_SECTION_BYTES = 8 * 2**20
 
 
 def _section(problem: Problem) -> int:
     """Key heads that are ordered together."""
+    if not problem.masked:
+        return 1
     # Q, dO and the float32 dQ of a group.
     bytes_of_head = problem.G * problem.T * (6 * problem.D + 2 * problem.Dv)
     return min(problem.B * problem.K, max(1, _SECTION_BYTES // bytes_of_head))

@@ -135,8 +135,8 @@ def static_band(problem: Problem) -> bool:
     return p.offsets is None and p.key_mask is None and p.segments is None
 
 
-# A third of the second cache level: K and V of the heads whose tiles run side by side should stay there.
-_SECTION_BYTES = 16 * 2**20
+# A quarter of the second cache level: K and V of the heads whose tiles run side by side should stay there.
+_SECTION_BYTES = 12 * 2**20
 
 
 def _section(problem: Problem) -> int | None:
