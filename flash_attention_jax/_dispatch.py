@@ -8,10 +8,9 @@ from flash_attention_jax._impl import hopper, reference, xla
 from flash_attention_jax._impl.base import Device, Implementation, Unsupported
 from flash_attention_jax._problem import Problem
 
-# In order of preference; `xla` refuses nothing, so nothing behind it is chosen unasked. `hopper` goes before
-# it once it has been measured.
+# In order of preference; `xla` refuses nothing, so nothing behind it is chosen unasked.
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    module.IMPLEMENTATION.name: module.IMPLEMENTATION for module in (xla, reference, hopper)
+    module.IMPLEMENTATION.name: module.IMPLEMENTATION for module in (hopper, xla, reference)
 }
 
 
@@ -30,7 +29,15 @@ def choose(problem: Problem, device: Device, requested: str | None) -> Implement
         if reason is not None:
             raise Unsupported(f"implementation {requested!r} cannot run this problem: {reason}")
         return implementation
-    return next(i for i in IMPLEMENTATIONS.values() if i.refuses(problem, device) is None)
+    return next(i for i in IMPLEMENTATIONS.values() if why_not(i, problem, device) is None)
+
+
+def why_not(implementation: Implementation, problem: Problem, device: Device) -> str | None:
+    """Why an implementation cannot be chosen unasked, or None if it can."""
+    reason = implementation.refuses(problem, device)
+    if reason is None and implementation.of_kind and device.kind is None:
+        return f"the {device.platform} device is not here to tell its kind: it runs only when named"
+    return reason
 
 
 def device_of(platform: str) -> Device:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from flash_attention_jax._arguments import fail, normalize
-from flash_attention_jax._dispatch import IMPLEMENTATIONS, choose, device_of
+from flash_attention_jax._dispatch import IMPLEMENTATIONS, choose, device_of, why_not
 from flash_attention_jax._impl.base import Device
 from flash_attention_jax._partition import PLATFORMS
 from flash_attention_jax._problem import Operands, Problem
@@ -89,7 +89,7 @@ def explain(
         abstract=True,
     )
     device = device_of(platform or _default_platform())
-    refusals = {name: i.refuses(problem, device) for name, i in IMPLEMENTATIONS.items()}
+    refusals = {name: why_not(i, problem, device) for name, i in IMPLEMENTATIONS.items()}
     return Explanation(problem, device, refusals, choose(problem, device, None).name)
 
 

@@ -20,6 +20,7 @@ import pytest
 from flash_attention_jax import Unsupported, explain, flash_attention
 from flash_attention_jax._arguments import normalize
 from flash_attention_jax._attend import Call, attend
+from flash_attention_jax._dispatch import choose
 from flash_attention_jax._impl.base import Device
 from flash_attention_jax._impl.hopper import IMPLEMENTATION, _configs, _refuses
 from flash_attention_jax._mask import Cover, Masks, block_map
@@ -105,12 +106,20 @@ def test_an_old_jax_is_refused(monkeypatch):
     assert refusal() is None
 
 
-def test_is_not_chosen_before_it_is_measured():
+def test_is_chosen_first_where_the_device_is_known_to_be_hopper():
+    problem, _ = described(**PLAIN)
+    assert choose(problem, H200, None).name == ("hopper" if NEW else "xla")
+    assert choose(problem, Device("cuda", "NVIDIA A100-SXM4-80GB"), None).name == "xla"
+    assert choose(described(**PLAIN | {"dtype": "float32"})[0], H200, None).name == "xla"
+
+
+def test_is_not_chosen_unasked_for_a_device_of_unknown_kind():
     x = struct(8, 4096, 64)
     said = explain(x, x, x, causal=True, platform="cuda")
     assert said.chosen == "xla"
-    assert list(said.refusals) == ["xla", "reference", "hopper"]
-    assert said.refusals["hopper"] == (None if NEW else TOO_OLD)
+    assert list(said.refusals) == ["hopper", "xla", "reference"]
+    unknown = "the cuda device is not here to tell its kind: it runs only when named"
+    assert said.refusals["hopper"] == (unknown if NEW else TOO_OLD)
 
 
 def test_asked_for_on_a_cpu_it_says_why_not():

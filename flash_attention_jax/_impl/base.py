@@ -71,6 +71,8 @@ class Implementation:
     Attributes:
         name: its module's name.
         refuses: why it cannot run a problem on a device, or None if it can. Pure and cheap.
+        of_kind: whether it is built for some kinds of a platform's devices. Where the kind is not known, it
+            runs only when named.
         forward, backward, tangent: see the protocols. Problems with an empty axis never get here.
     """
 
@@ -79,3 +81,4 @@ class Implementation:
     forward: Forward
     backward: Backward
     tangent: Tangent
+    of_kind: bool = False

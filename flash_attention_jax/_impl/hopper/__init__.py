@@ -38,4 +38,5 @@ IMPLEMENTATION = Implementation(
     forward=forward,
     backward=backward,
     tangent=_formulas.tangent,
+    of_kind=True,
 )

@@ -105,8 +105,8 @@ def value_chunks(problem: Problem, config: Config) -> Chunks:
     return dataclasses.replace(of, tile=config.value_tile) if of.tiled else of
 
 
-# Not measured yet: the sizes of FlashAttention-3 (arXiv 2407.08608) as far as a multiple of 64 keys and the
-# shared memory of separate output slots allow. By padded max(D, Dv).
+# The sizes of FlashAttention-3 (arXiv 2407.08608) as far as a multiple of 64 keys and the shared memory of
+# separate output slots allow; `_kernel` has the figures of others. By padded max(D, Dv).
 _TABLE: tuple[tuple[int, Config], ...] = (
     (64, Config(block_q=64, block_kv=128, stages=4, consumers=3)),
     (128, Config(block_q=64, block_kv=128, stages=2, consumers=2)),
