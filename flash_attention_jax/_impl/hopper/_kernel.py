@@ -52,7 +52,6 @@ from jax import lax
 from flash_attention_jax._impl.hopper import _softmax
 from flash_attention_jax._impl.hopper._blocks import (
     COLUMNS,
-    ROWS,
     Place,
     Plan,
     Tables,
@@ -63,17 +62,12 @@ from flash_attention_jax._impl.hopper._blocks import (
 )
 from flash_attention_jax._impl.hopper._configs import REGISTERS
 from flash_attention_jax._impl.hopper._memory import Memory
+from flash_attention_jax._impl.hopper._results import finished, give_lse, give_rows, rows_of
 from flash_attention_jax._impl.hopper._softmax import Statistics, across
+from flash_attention_jax._impl.hopper._values import check_values
 
 Array = Any
 _WGMMA = plgpu.Layout.WGMMA
-
-
-def _rows_of(problem: Any, ref: Any, batch: Any, head: Any) -> Any:
-    """The (length, dim) array of one head, where it lies."""
-    if problem.order == "BNTD":
-        return ref.at[batch, head]
-    return ref.at[batch, :, head]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +121,7 @@ def produce(plan: Plan, arrays: Arrays, memory: Memory) -> None:
     def tile(batch, head, row, visits, count):
         kv_head = lax.div(head, jnp.int32(p.G))
         q, k, v = (
-            _rows_of(p, x, batch, h) for x, h in ((arrays.q, head), (arrays.k, kv_head), (arrays.v, kv_head))
+            rows_of(p, x, batch, h) for x, h in ((arrays.q, head), (arrays.k, kv_head), (arrays.v, kv_head))
         )
         plgpu.barrier_wait(memory.q_free)
         memory.q.fetch(q, pl.ds(row * c.tile_q, c.tile_q), memory.q_full)
@@ -220,7 +214,9 @@ class Consumer:
             return nothing.sums, tuple(nothing.statistics)
 
         sums, statistics = lax.cond(visits.seen > 0, some, none) if p.masked else some()
-        self._give_out(batch, head, first, sums, Statistics(*statistics))
+        out, lse = finished(p, sums, Statistics(*statistics))
+        give_lse(c, m, self.own, lse, self.arrays.lse.at[batch, head], first, p.T)
+        give_rows(c, m, self.own, out, rows_of(p, self.arrays.out, batch, head), first)
 
     # The loops over blocks.
 
@@ -315,7 +311,7 @@ class Consumer:
         p, m = self.plan.problem, self.memory
         at = self._at(count + i)
         if masked and p.masked:
-            self._check_values(at)
+            check_values(self.plan.config, m, self.own, at)
         plgpu.barrier_wait(m.k_full.at[at])
         self._await_turn()
         products = self._accumulated([self._zero_logits()], lambda acc: self._issue_logits(acc[0], at))[0]
@@ -453,63 +449,3 @@ class Consumer:
                 x = x + lax.broadcast_in_dim(poison, x.shape, [1])
             x = jnp.where(seen_in_block(plan, self.arrays.tables, place, block), x, -jnp.inf)
         return x, factor
-
-    def _check_values(self, slot: Any) -> None:
-        """Makes a block of V finite, each consumer some rows of it; `poison` tells which were not."""
-        m, c = self.memory, self.plan.config
-        plgpu.barrier_wait(m.v_full.at[slot])
-        for piece in range(c.block_kv // 64):
-            pl.when(self.own == piece % c.consumers)(lambda piece=piece: self._check_rows(slot, piece))
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(m.checked)
-        plgpu.barrier_wait(m.checked)
-
-    def _check_rows(self, slot: Any, piece: int) -> None:
-        m, rows = self.memory, pl.ds(piece * 64, 64)
-        trace = plgpu.layout_cast(jnp.zeros((64,), jnp.float32), ROWS)
-        for chunk in range(m.v.of.count):
-            # A tile at a time: the sums of the tile of queries take most of the registers.
-            for left in range(0, m.v.of.width, m.v.of.tile):
-                place = (slot, chunk, rows, pl.ds(left, m.v.of.tile))
-                part = load(m.v.tiles.at[place], layout=_WGMMA)
-                found = part.astype(jnp.float32) * 0
-                m.v.tiles[place] = jnp.where(found == 0, part, jnp.zeros_like(part))
-                trace = trace + found.sum(axis=1)
-        m.poison[slot, rows] = trace
-
-    # Results.
-
-    def _give_out(self, batch: Any, head: Any, first: Any, sums: Any, statistics: Statistics) -> None:
-        """Writes out and lse of this consumer's rows; what is beyond the arrays is left out."""
-        p, c, m = self.plan.problem, self.plan.config, self.memory
-        factor, lse = _softmax.finish(statistics)
-        if p.masked:
-            trace = sum(((s * 0).sum(axis=1) for s in sums[1:]), (sums[0] * 0).sum(axis=1))
-            factor, lse = factor + trace, lse + trace
-        sums = [(s * across(factor, s.shape)).astype(p.dtype) for s in sums]
-        # What the tile before left on its way must have been read.
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        m.lse[self.own] = plgpu.layout_cast(lse, ROWS)
-        plgpu.commit_smem()
-        rows = pl.ds(first, c.block_q)
-
-        @pl.when(first < p.T)
-        def _():
-            to = self.arrays.lse.at[batch, head, rows]
-            plgpu.copy_smem_to_gmem(m.lse.at[self.own], to, commit_group=False)
-
-        out = _rows_of(p, self.arrays.out, batch, head)
-        tile = m.out.of.width
-        sent = 0
-        for low in range(0, c.block_q, 64):
-            for left in range(0, m.v.of.columns, tile):
-                slot = sent % c.out_slots
-                if sent >= c.out_slots:
-                    plgpu.wait_smem_to_gmem(c.out_slots - 1, wait_read_only=True)
-                chunk, column = divmod(left, m.v.of.width)
-                piece = sums[chunk][low : low + 64, column : column + tile]
-                m.out.tiles[self.own, slot] = piece
-                plgpu.commit_smem()
-                into = out.at[pl.ds(first + low, 64), pl.ds(first * 0 + left, tile)]
-                plgpu.copy_smem_to_gmem(m.out.plain.at[self.own, slot], into)
-                sent += 1
