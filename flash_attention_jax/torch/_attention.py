@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal, overload
 
 import jax
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -120,7 +121,7 @@ def flash_attention(
     pair = segment_ids if isinstance(segment_ids, tuple | list) else (segment_ids, segment_ids)
     if len(pair) != 2:
         fail("segment_ids", "a tensor or a pair (of queries, of keys)", f"{len(pair)} items")
-    if segment_ids is not None and pair is not segment_ids and q.shape[-2] != k.shape[-2]:
+    if isinstance(segment_ids, Tensor) and q.shape[-2] != k.shape[-2]:
         lengths = f"T = {q.shape[-2]} and S = {k.shape[-2]}"
         fail("segment_ids", "a pair (of queries, of keys) where T and S differ", f"one tensor, {lengths}")
     given = (q, k, v, bias, mask, key_mask, *pair)
@@ -135,9 +136,9 @@ def _call(given: Any, q_offset: Any, scale: Any, options: dict[str, Any], return
     options |= {name: x for name, x in offset_and_scale.items() if not isinstance(x, Tensor)}
     every = (*given, *(x if isinstance(x, Tensor) else None for x in (q_offset, scale)))
     for name, x in zip(ARRAYS, every, strict=True):
-        if x is not None and not isinstance(x, Tensor) or x is None and name in ("q", "k", "v"):
-            fail(name.replace("q_seg", "seg").replace("kv_seg", "seg").replace("segments", "segment_ids"),
-                 "a torch.Tensor", type(x).__name__, TypeError)
+        if (x is not None and not isinstance(x, Tensor)) or (x is None and name in ("q", "k", "v")):
+            shown = "segment_ids" if name.endswith("segments") else name
+            fail(shown, "a torch.Tensor", type(x).__name__, TypeError)
     names = tuple(name for name, x in zip(ARRAYS, every, strict=True) if x is not None)
     set_options = tuple((name, x) for name, x in options.items() if x is not None and x is not False)
     program = _described(names, set_options)
@@ -147,7 +148,18 @@ def _call(given: Any, q_offset: Any, scale: Any, options: dict[str, Any], return
 
 @torch.compiler.assume_constant_result
 def _described(names: tuple[str, ...], options: tuple[tuple[str, Any], ...]) -> str:
-    return encode({"attend": dict(options), "arrays": names})
+    return encode({"attend": {name: _plain(name, x) for name, x in options}, "arrays": names})
+
+
+def _plain(name: str, x: Any) -> Any:
+    """An option as JSON has it."""
+    x = x.item() if isinstance(x, np.generic) else x
+    x = x.name.lower() if isinstance(x, jax.lax.Precision) else x
+    if isinstance(x, tuple | list):
+        return [_plain(name, side) for side in x]
+    if x is not None and not isinstance(x, bool | int | float | str):
+        fail(name, "None, a number, a string, a bool or a pair", type(x).__name__, TypeError)
+    return x
 
 
 def scaled_dot_product_attention(
@@ -191,23 +203,59 @@ def scaled_dot_product_attention(
     Example:
         >>> out = scaled_dot_product_attention(query, key, value, is_causal=True)
     """
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(x, Tensor):
-            fail(name, "a torch.Tensor", type(x).__name__, TypeError)
-        if x.ndim < 2:
-            fail(name, "an array of shape (*batch, H, length, dim) or (length, dim)", f"shape {tuple(x.shape)}")
+    _check(query, key, value, attn_mask)
     if dropout_p != 0:
         fail("dropout_p", "0, for there is no dropout", dropout_p, NotImplementedError)
     if attn_mask is not None and is_causal:
         fail("attn_mask", "None where is_causal is set", f"shape {tuple(attn_mask.shape)}")
-    if attn_mask is not None and not isinstance(attn_mask, Tensor):
-        fail("attn_mask", "None or a torch.Tensor", type(attn_mask).__name__, TypeError)
-    key, value = _grouped(query, key, value) if enable_gqa else (key, value)
-    query, key, value = _broadcast(query, key, value, enable_gqa)
+    if enable_gqa:
+        query, key, value = _broadcast(query, *_grouped(query, key, value))
+    else:
+        query, key, value = _broadcast(query, key, value, tail=2)
+    if attn_mask is not None:
+        _check_mask(attn_mask, (*query.shape[:-1], key.shape[-2]))
+    query, key, value, attn_mask = (_autocast(x) for x in (query, key, value, attn_mask))
     is_bool = attn_mask is not None and attn_mask.dtype == torch.bool
-    given = (query, key, value, None if is_bool else attn_mask, attn_mask if is_bool else None, None, None, None)
-    options = {"causal": bool(is_causal)}
-    return _call(given, 0 if is_causal else None, scale, options, return_lse=False)
+    bias, mask = (None, attn_mask) if is_bool else (attn_mask, None)
+    given = (query, key, value, bias, mask, None, None, None)
+    return _call(given, 0 if is_causal else None, scale, {"causal": bool(is_causal)}, return_lse=False)
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> None:
+    """What `flash_attention` would report under other names."""
+    for name, x in (("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask)):
+        if (x is not None and not isinstance(x, Tensor)) or (x is None and name != "attn_mask"):
+            fail(name, "a torch.Tensor", type(x).__name__, TypeError)
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.ndim < 2:
+            fail(name, "of shape (*batch, H, length, dim) or (length, dim)", f"shape {tuple(x.shape)}")
+        if x.dtype != query.dtype:
+            fail(name, f"of query's dtype {query.dtype}", x.dtype, TypeError)
+    if key.shape[-1] != query.shape[-1]:
+        fail("key", f"of query's head dim E = {query.shape[-1]}", f"shape {tuple(key.shape)}")
+    if value.shape[-2] != key.shape[-2]:
+        fail("value", f"of key's length S = {key.shape[-2]}", f"shape {tuple(value.shape)}")
+
+
+def _check_mask(attn_mask: Tensor, logits: tuple[int, ...]) -> None:
+    if attn_mask.dtype != torch.bool and not attn_mask.dtype.is_floating_point:
+        fail("attn_mask", "of dtype bool or floating", attn_mask.dtype, TypeError)
+    shape = tuple(attn_mask.shape)
+    pairs = zip(shape[::-1], logits[::-1], strict=False)
+    if len(shape) > len(logits) or any(a not in (1, b) for a, b in pairs):
+        fail("attn_mask", f"broadcastable to (*batch, H, L, S) = {logits}", f"shape {shape}")
+
+
+def _autocast(x: Any) -> Any:
+    """What `torch.autocast` makes of an argument, as of those of torch's function."""
+    if x is None:
+        return None
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return x
+    if not x.dtype.is_floating_point or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
 
 
 def _grouped(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -225,14 +273,13 @@ def _grouped(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]
     return key, value
 
 
-def _broadcast(query: Tensor, key: Tensor, value: Tensor, grouped: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The tensors with the same leading axes; heads of key and value stay fewer where they are groups."""
-    tail = 3 if grouped else 2
-    leads = [x.shape[:-tail] for x in (query, key, value)]
+def _broadcast(query: Tensor, key: Tensor, value: Tensor, tail: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    """The tensors with the same axes before the last `tail`."""
+    tensors = query, key, value
     try:
-        lead = torch.broadcast_shapes(*leads)
+        lead = torch.broadcast_shapes(*(x.shape[:-tail] for x in tensors))
     except RuntimeError:
-        shown = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
+        shown = ", ".join(str(tuple(x.shape)) for x in tensors)
         fail("query, key and value", f"of shapes that broadcast before the last {tail} axes", shown)
-    query, key, value = (x.expand(*lead, *x.shape[-tail:]) for x in (query, key, value))
+    query, key, value = (x.expand(*lead, *x.shape[-tail:]) for x in tensors)
     return query, key, value

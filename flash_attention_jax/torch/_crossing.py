@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import torch
 
 # With `jax_enable_x64` off JAX would make 32 bits of these.
@@ -25,6 +26,11 @@ _WIDE = frozenset((torch.float64, torch.int64, torch.uint64, torch.complex128))
 def is_wide(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether any tensor needs `jax_enable_x64` to keep its dtype."""
     return any(x.dtype in _WIDE for x in tensors)
+
+
+def x64_is_on() -> bool:
+    """Whether `jax_enable_x64` is on, in this thread."""
+    return jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def is_differentiable(x: torch.Tensor) -> bool:
@@ -49,7 +55,7 @@ def common_device(tensors: Sequence[torch.Tensor]) -> torch.device:
 
 
 @functools.cache
-def jax_device(device: torch.device) -> jax.Device:
+def jax_device(device: torch.device) -> Any:
     """JAX's name for a device of torch's.
 
     Raises:
@@ -58,7 +64,7 @@ def jax_device(device: torch.device) -> jax.Device:
     platform = "rocm" if device.type == "cuda" and torch.version.hip else device.type
     if platform not in ("cpu", "cuda", "rocm"):
         raise RuntimeError(
-            f"tensors must be on a CPU or a GPU, where JAX can read them, got {device}: move them with Tensor.to"
+            f"tensors must be on a CPU or GPU, which JAX can read, got {device}: move them with Tensor.to"
         )
     try:
         seen = jax.local_devices(backend=platform)
@@ -106,6 +112,6 @@ def to_torch(x: jax.Array) -> torch.Tensor:
     Raises:
         TypeError: torch has no such dtype.
     """
-    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended):
+    if jnp.issubdtype(x.dtype, jax.dtypes.extended):
         raise TypeError(f"results must be of a dtype that torch has, got {x.dtype}")
     return torch.from_dlpack(x)

@@ -57,7 +57,10 @@ class Apply(torch.autograd.Function):
         gradients: list[torch.Tensor | None] = [None] * ctx.count
         if not given:
             return None, None, *gradients
-        pull, ctx.pull = ctx.pull, None  # Memory goes free as torch's does; another backward computes it anew.
+        pull, ctx.pull = (
+            ctx.pull,
+            None,
+        )  # Memory goes free as torch's does; another backward computes it anew.
         if pull is not None and not torch.is_grad_enabled():
             program = pullback(tuple(map(ctx.floating.index, given)), tuple(map(ctx.wrt.index, wrt)))
             found = apply(program, Frame(bound=pull, wide=ctx.frame.wide), values)
@@ -80,8 +83,9 @@ class Apply(torch.autograd.Function):
         return tuple(results)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, program: Program, frame: Frame, *tensors: torch.Tensor) -> Any:
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
         """The batched program."""
+        program, frame, *tensors = args
         inner = frame.another()
         results = apply(program.vmap(tuple(in_dims[2:])), inner, tensors)
         frame.tree = inner.tree

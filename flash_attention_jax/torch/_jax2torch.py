@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import torch
 
+from flash_attention_jax.torch._crossing import x64_is_on
 from flash_attention_jax.torch._function import apply
 from flash_attention_jax.torch._program import Frame, Program
 
@@ -52,13 +53,14 @@ def jax2torch(f: Callable[..., Any]) -> Callable[..., Any]:
         raise TypeError(f"f must be callable, got {type(f).__name__}")
     programs: dict[Hashable, Program] = {}
 
+    @torch.compiler.disable(reason="JAX flattens the arguments")
     @functools.wraps(f)
     def of_tensors(*args: Any, **kwargs: Any) -> Any:
         leaves, tree = jax.tree.flatten((args, kwargs))
         tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
         static = tuple(_TENSOR if isinstance(x, torch.Tensor) else _key(x) for x in leaves)
-        # Under another precision, say, JAX traces anew; under x64 so must the derivatives.
-        wide = jax.config.jax_enable_x64
+        # Derivatives, which may run in another thread, run under the x64 of this call.
+        wide = x64_is_on()
         program = programs.get((tree, static, wide))
         if program is None:
             program = programs[tree, static, wide] = Program(_of_arrays(f, leaves, tree))

@@ -28,6 +28,7 @@ import torch
 
 from flash_attention_jax._api import AttentionOutput, flash
 from flash_attention_jax._problem import Operands
+from flash_attention_jax.torch._crossing import common_device
 from flash_attention_jax.torch._function import apply
 from flash_attention_jax.torch._gradients import gradients
 from flash_attention_jax.torch._program import Frame, Function, Indices, Program, jvp_of, vjp_of, vmap_of
@@ -75,6 +76,7 @@ class Operation(Program):
 
 def call(program: str, tensors: Tensors) -> Sequence[torch.Tensor]:
     """Calls a program so that torch can differentiate, transform, compile and export it."""
+    common_device(tensors)
     if torch.compiler.is_compiling():
         return torch.ops.flash_attention_jax.call(list(tensors), program)
     return apply(operation(program), Frame(), tensors)
@@ -115,7 +117,9 @@ def _attend(named: dict[str, jax.Array], options: dict[str, Any]) -> AttentionOu
     return flash(Operands(**named, q_offset=offset), given, scale=scale, **options)
 
 
-def _gradients(attend: dict[str, Any], wrt: list[int], given: list[int], bound: Any, values: list[Any]) -> Any:
+def _gradients(
+    attend: dict[str, Any], wrt: list[int], given: list[int], bound: Any, values: list[Any]
+) -> Any:
     names = attend["arrays"]
     arrays, (out, lse, *cotangents) = dict(zip(names, values, strict=False)), values[len(names) :]
     of_results: list[Any] = [None, None]
@@ -158,13 +162,15 @@ def _autograd(tensors: Tensors, program: str) -> list[torch.Tensor]:
     return list(apply(operation(program), Frame(), tensors))
 
 
-@torch.library.register_fake("flash_attention_jax::call", lib=_LIBRARY)
 def _fake(tensors: Tensors, program: str) -> list[torch.Tensor]:
     return _like(operation(program).description, tensors)
 
 
-@torch.library.register_vmap("flash_attention_jax::call", lib=_LIBRARY)
 def _batched(info: Any, in_dims: Any, tensors: Tensors, program: str) -> Any:
-    derived = operation(program).vmap(tuple(in_dims[0]))
-    results = torch.ops.flash_attention_jax.call(list(tensors), derived.spec)
+    derived = encode({"vmap": operation(program).description, "dims": in_dims[0]})
+    results = torch.ops.flash_attention_jax.call(list(tensors), derived)
     return results, [0] * len(results)
+
+
+torch.library.register_fake("flash_attention_jax::call", _fake, lib=_LIBRARY)
+torch.library.register_vmap("flash_attention_jax::call", _batched, lib=_LIBRARY)

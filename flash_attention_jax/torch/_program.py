@@ -11,7 +11,15 @@ import jax
 import jax.numpy as jnp
 import torch
 
-from flash_attention_jax.torch._crossing import common_device, is_wide, jax_device, on_device, to_jax, to_torch
+from flash_attention_jax.torch._crossing import (
+    common_device,
+    is_wide,
+    jax_device,
+    on_device,
+    to_jax,
+    to_torch,
+    x64_is_on,
+)
 
 Indices = tuple[int, ...]
 # (bound, arrays) -> a pytree of arrays.
@@ -67,7 +75,7 @@ class Program:
         device = common_device(tensors)
         target = jax_device(device)
         frame.wide = frame.wide or is_wide(tensors)
-        with on_device(device), jax.enable_x64(frame.wide or jax.config.jax_enable_x64):
+        with on_device(device), jax.enable_x64(frame.wide or x64_is_on()):
             arrays = [to_jax(x) for x in tensors]
             if frame.wrt:
                 result, residuals = self._linearize(frame.wrt)(frame.bound, arrays)
