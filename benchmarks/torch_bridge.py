@@ -47,9 +47,8 @@ def overhead(device):
                 torch.cuda.synchronize()
 
         median, least = seconds(run, 1000)
-        print(
-            f"{name}: {1e6 * (least - base):.0f} us over JAX's {1e6 * base:.0f} us (median {1e6 * median:.0f})"
-        )
+        over, base_us, median_us = (1e6 * x for x in (least - base, base, median))
+        print(f"{name}: {over:.0f} us over JAX's {base_us:.0f} us (median of all {median_us:.0f} us)")
 
 
 def large(length, dim, dtype):
@@ -63,9 +62,8 @@ def large(length, dim, dtype):
     out = flash_attention(*tensors)
     torch.cuda.synchronize()
     after = jax.local_devices()[0].memory_stats()["bytes_in_use"], torch.cuda.memory_allocated()
-    print(
-        f"a call adds {after[0] - before[0]} bytes in JAX and {after[1] - before[1]} in torch; out has {out.nbytes}"
-    )
+    added = [b - a for a, b in zip(before, after, strict=True)]
+    print(f"a call adds {added[0]} bytes in JAX, {added[1]} in torch; its result has {out.nbytes}")
 
     def loss(q, k, v):
         return flash_attention_jax.flash_attention(q, k, v).out.astype("float32").sum()

@@ -54,7 +54,7 @@ class Operation(Program):
     def run(self, frame: Frame, tensors: Tensors) -> tuple[torch.Tensor, ...]:
         """Calls the operator below autograd."""
         with torch._C._AutoDispatchBelowAutograd():
-            return tuple(torch.ops.flash_attention_jax.call(list(tensors), self.spec))
+            return tuple(_CALL(list(tensors), self.spec))
 
     def run_in_jax(self, tensors: Tensors) -> list[torch.Tensor]:
         """What the operator does on a device."""
@@ -78,7 +78,7 @@ def call(program: str, tensors: Tensors) -> Sequence[torch.Tensor]:
     """Calls a program so that torch can differentiate, transform, compile and export it."""
     common_device(tensors)
     if torch.compiler.is_compiling():
-        return torch.ops.flash_attention_jax.call(list(tensors), program)
+        return _CALL(list(tensors), program)
     return apply(operation(program), Frame(), tensors)
 
 
@@ -151,6 +151,8 @@ def _like(description: dict[str, Any], tensors: Tensors) -> list[torch.Tensor]:
 _LIBRARY = torch.library.Library("flash_attention_jax", "DEF")
 _LIBRARY.define("call(Tensor[] tensors, str program) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
 
+_CALL = torch.ops.flash_attention_jax.call.default
+
 
 @torch.library.impl(_LIBRARY, "call", "CompositeExplicitAutograd")
 def _on_device(tensors: Tensors, program: str) -> list[torch.Tensor]:
@@ -168,7 +170,7 @@ def _fake(tensors: Tensors, program: str) -> list[torch.Tensor]:
 
 def _batched(info: Any, in_dims: Any, tensors: Tensors, program: str) -> Any:
     derived = encode({"vmap": operation(program).description, "dims": in_dims[0]})
-    results = torch.ops.flash_attention_jax.call(list(tensors), derived)
+    results = _CALL(list(tensors), derived)
     return results, [0] * len(results)
 
 
