@@ -1,0 +1,64 @@
+"""docs/migrating.md: its code runs, and its tables name arguments that there are."""
+
+import inspect
+import itertools
+import pathlib
+import re
+
+import numpy as np
+import pytest
+
+import flash_attention_jax
+
+PAGE = (pathlib.Path(__file__).parent.parent / "docs" / "migrating.md").read_text()
+SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, re.S | re.M))
+
+
+def run(section):
+    """The blocks of a section, one after another."""
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", SECTIONS[section], re.S):
+        for module in ("torch", "flax"):
+            if re.search(rf"^(import|from) {module}\b", block, re.M):
+                pytest.importorskip(
+                    module, reason=f"{module} is not installed: its part of the page is not run"
+                )
+        exec(compile(block, "docs/migrating.md", "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_code_runs(section):
+    assert run(section)["out"].ndim
+
+
+def test_packed_sequences_are_attended_to_one_by_one():
+    names = run("flash_attn")
+    x, bounds = names["x"], [0, 30, 75, 100]
+    packed = flash_attention_jax.flash_attention(x, x, x, segment_ids=names["ids"], causal=True).out
+    parts = [x[:, a:b] for a, b in itertools.pairwise(bounds)]
+    alone = [flash_attention_jax.flash_attention(p, p, p, causal=True).out for p in parts]
+    np.testing.assert_allclose(packed, np.concatenate(alone, 1), atol=1e-6)
+
+
+def test_links_lead_to_sections():
+    links = re.findall(r"\]\(#(.*?)\)", PAGE)
+    anchors = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in SECTIONS]
+    assert links == anchors
+
+
+def test_the_table_of_jax_nn_names_all_of_its_arguments():
+    from jax.nn import dot_product_attention as theirs
+
+    rows = SECTIONS["`jax.nn.dot_product_attention`"]
+    names = set(inspect.signature(theirs).parameters) - {"query", "key", "value"}
+    ours = set(inspect.signature(flash_attention_jax.dot_product_attention).parameters)
+    assert all(f"`{name}" in rows for name in names & ours)
+
+
+@pytest.mark.parametrize("section", ["flash-attention-jax 0.3.1"])
+def test_names_of_the_older_package_are_here(section):
+    first = [row.split("|")[1] for row in SECTIONS[section].splitlines() if row.startswith("| `")]
+    names = [name for cell in first for name in re.findall(r"`([a-z_]+)[(`]", cell)]
+    assert len(names) == 8
+    assert all(hasattr(flash_attention_jax, name) for name in names)
