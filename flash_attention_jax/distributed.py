@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -189,8 +188,9 @@ def shard_sequence(
         >>> out = unshard_sequence(out, mesh=mesh)
     """
     devices, axis = _checked(x, axis, mesh, axis_name, layout)
-    positions = from_natural(jnp.arange(x.shape[axis], dtype=jnp.int32), 0, layout, devices)
-    stored = from_natural(jnp.asarray(x), axis, layout, devices)
+    positions = from_natural(np.arange(x.shape[axis], dtype=np.int32), 0, layout, devices)
+    # Arrays of the host stay there, so that each process sends its own devices' part alone.
+    stored = from_natural(x, axis, layout, devices)
     place = [PartitionSpec(*(None,) * n, axis_name) for n in (axis, 0)]
     placed = [
         jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip((stored, positions), place, strict=True)
@@ -211,7 +211,7 @@ def unshard_sequence(
     """
     devices, axis = _checked(x, axis, mesh, axis_name, layout)
     place = NamedSharding(mesh, PartitionSpec(*(None,) * axis, axis_name))
-    return jax.device_put(to_natural(jnp.asarray(x), axis, layout, devices), place)
+    return jax.device_put(to_natural(x, axis, layout, devices), place)
 
 
 def _checked(x: Any, axis: int, mesh: Any, axis_name: str, layout: str) -> tuple[int, int]:

@@ -41,8 +41,9 @@ def to_natural(x: Array, axis: int, layout: str, devices: int) -> Array:
         return x
     axis %= x.ndim
     split = x.reshape(*x.shape[:axis], devices, 2, -1, *x.shape[axis + 1 :])
-    early, late = (jnp.take(split, i, axis + 1) for i in (0, 1))
-    return jnp.concatenate([early, jnp.flip(late, axis)], axis).reshape(x.shape)
+    xp = _numpy_of(x)
+    early, late = (xp.take(split, i, axis + 1) for i in (0, 1))
+    return xp.concatenate([early, xp.flip(late, axis)], axis).reshape(x.shape)
 
 
 def from_natural(x: Array, axis: int, layout: str, devices: int) -> Array:
@@ -51,8 +52,13 @@ def from_natural(x: Array, axis: int, layout: str, devices: int) -> Array:
         return x
     axis %= x.ndim
     split = x.reshape(*x.shape[:axis], 2, devices, -1, *x.shape[axis + 1 :])
-    early, late = (jnp.take(split, i, axis) for i in (0, 1))
-    return jnp.stack([early, jnp.flip(late, axis)], axis + 1).reshape(x.shape)
+    xp = _numpy_of(x)
+    early, late = (xp.take(split, i, axis) for i in (0, 1))
+    return xp.stack([early, xp.flip(late, axis)], axis + 1).reshape(x.shape)
+
+
+def _numpy_of(x: Array) -> Any:
+    return np if isinstance(x, np.ndarray) else jnp
 
 
 @dataclasses.dataclass(frozen=True)

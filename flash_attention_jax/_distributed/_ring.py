@@ -84,31 +84,42 @@ def _forward(plan: Plan, operands: Operands) -> tuple[Array, Array]:
             state[pair[0]] = _merged(plan, hop, pair, here, state[pair[0]])
         return state, []
 
-    start = (
-        jnp.zeros((p.B, p.N, rows, p.Dv), p.accumulator),
-        jnp.full((p.B, p.N, rows), -jnp.inf, p.accumulator),
-    )
-    start = tuple(alike([*start, arrays["q"]])[:2])
-    state, _ = circulate(
-        plan.axis, plan.devices, plan.hops, [arrays[n] for n in moving], [], [start] * plan.pieces, body
-    )
-    out, lse = (jnp.concatenate(x, 2) for x in zip(*state, strict=True))
+    stats = (p.B, p.N, rows)
+    acc = p.accumulator
+    empty = jnp.full(stats, -jnp.inf, acc), jnp.zeros(stats, acc), jnp.zeros((*stats, p.Dv), acc)
+    empty = tuple(alike([*empty, arrays["q"]])[:3])
+    blocks = [arrays[name] for name in moving]
+    state, _ = circulate(plan.axis, plan.devices, plan.hops, blocks, [], [empty] * plan.pieces, body)
+    out, lse = (jnp.concatenate(x, 2) for x in zip(*map(_finished, state), strict=True))
     return out.astype(p.dtype), lse
 
 
 def _merged(plan: Plan, hop: Hop, pair, arrays: Arrays, state):
-    """The (out, lse) of a piece of queries with what it sees of a piece of keys."""
+    """The state of a piece of queries with what it sees of a piece of keys.
+
+    As in online softmax (arXiv 1805.02867): the largest lse of a part, the sum of the parts' weights
+    relative to it, and the sum of their outs by weight. Merging (out, lse) pairwise would round the weight of
+    an early part at every hop.
+    """
 
     def see(problem, operands):
-        out, lse = state
-        new_out, new_lse = attend(Call(problem, plan.implementation), operands)
-        both = jnp.logaddexp(lse, new_lse)
+        top, norm, sums = state
+        out, lse = attend(Call(problem, plan.implementation), operands)
+        new_top = jnp.maximum(top, lse)
         # Where nothing was seen yet all are -inf, and -inf - -inf would be NaN.
-        finite = jnp.where(both == -jnp.inf, 0, both)
-        old, new = (jnp.exp(x - finite)[..., None] for x in (lse, new_lse))
-        return out * old + new_out.astype(out.dtype) * new, both
+        finite = jnp.where(new_top == -jnp.inf, 0, new_top)
+        decay, weight = jnp.exp(top - finite), jnp.exp(lse - finite)
+        sums = sums * decay[..., None] + out.astype(sums.dtype) * weight[..., None]
+        return new_top, norm * decay + weight, sums
 
     return _visit(plan, hop, pair, arrays, see, lambda: state)
+
+
+def _finished(state) -> tuple[Array, Array]:
+    """out and lse of a piece of queries; 0 and -inf where it has seen nothing."""
+    top, norm, sums = state
+    norm = jnp.where(norm == 0, 1, norm)
+    return sums / norm[..., None], top + jnp.log(norm)
 
 
 @dataclasses.dataclass(frozen=True)
