@@ -27,12 +27,12 @@ ALL = RING + TWO
 EVEN = {
     case("full", S=64, N=16): ALL,
     case("causal", N=16, causal=True): ALL,
-    case("window", window=(9, 4)): RING,
+    case("window", window=(9, 4)): ALL,
     case("segments", segments=4, causal=True): ALL,
     case("bias", bias=(2, 8, 48, 48), causal=True): ALL,
     case("bias of keys", bias=(1, 1, 48), key_mask=(2, 48), causal=True): ALL,
-    case("mask", mask=(2, 1, 48, 48), dead=True, window=(20, None)): ALL,
-    case("offset for each", q_offset=(5, -30), causal=True): ALL,
+    case("mask", mask=(2, 1, 48, 48), dead=True, window=(20, None)): RING,
+    case("offset for each", q_offset=(5, -30), causal=True): RING + ("all_gather",),
     case("offset", S=80, q_offset=-20, causal=True): RING,
     case("bfloat16", dtype="bfloat16", N=16, causal=True): RING,
     case("hidden NaN", key_mask=(2, 48), causal=True, poison=True): RING,
@@ -54,9 +54,10 @@ UNEVEN = {
     ): ALL,
     case("shorter than the devices", T=3, S=5, batch=(), causal=True): RING,
 }
-ZIGZAG = ("causal", "segments", "bias", "window", "offset", "hidden NaN")
+# Every strategy in the zig-zag layout, and the ring alone.
+ZIGZAG = {"causal": ALL, "bias": ALL, "segments": RING, "window": RING}
 RUNS = [(c, s, "contiguous") for c, names in (EVEN | UNEVEN).items() for s in names]
-RUNS += [(c, s, "zigzag") for c, names in EVEN.items() for s in names if c.name in ZIGZAG]
+RUNS += [(c, s, "zigzag") for c in EVEN for s in ZIGZAG.get(c.name, ())]
 
 
 def in_layout(mesh, layout, *, q, k, v, bias=None, mask=None, key_mask=None, segment_ids=None, **options):
@@ -80,6 +81,15 @@ def in_layout(mesh, layout, *, q, k, v, bias=None, mask=None, key_mask=None, seg
     return out, lse
 
 
+@pytest.fixture
+def quickly_compiled():
+    """A third of the compiler's work on these many programs goes into making them fast."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.usefixtures("quickly_compiled")
 @pytest.mark.parametrize(("case", "strategy", "layout"), RUNS, ids=lambda x: getattr(x, "name", x))
 def test_values_and_gradients(ring, case, strategy, layout):
     function = functools.partial(in_layout, ring, layout, strategy=strategy)
@@ -257,11 +267,11 @@ def test_one_device_is_flash_attention():
 
 
 def test_nothing_to_see(ring):
-    empty = np.zeros((2, 2, 0, 6), np.float32)
+    empty = np.zeros((4, 2, 0, 6), np.float32)
     out, lse = ring_attention(Q[:, :2], empty, empty, mesh=ring)
     assert not out.any()
     assert np.isneginf(lse).all()
-    assert ring_attention(empty, K, V, mesh=ring).shape == (2, 2, 0, 4)
+    assert ring_attention(empty, K, V, mesh=ring).shape == (4, 2, 0, 4)
 
 
 def test_the_choice_runs(ring):
