@@ -179,3 +179,9 @@ def test_refusals_by_name():
     x, bias = (jax.ShapeDtypeStruct(s, "float32") for s in ((1, 6, 8), (6, 7)))
     with pytest.raises(ValueError, match="bias must be of the whole sequence's S = 24"):
         explain(x, x, x, bias=bias, devices=4)
+
+
+def test_a_bias_of_single_queries_is_ambiguous():
+    x, bias = (jax.ShapeDtypeStruct(s, "float32") for s in ((1, 1, 8), (1, 1)))
+    with pytest.raises(ValueError, match="bias must be None where a device holds a single query or key"):
+        explain(x, x, x, bias=bias, devices=4)

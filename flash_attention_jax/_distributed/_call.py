@@ -76,9 +76,9 @@ def describe(options: Options, devices: int, operands: Operands, segment_ids: An
         right=whole.right,
         q_offset=whole.q_offset,
         offsets=whole.offsets,
-        bias=_canonical(whole.bias, operands.bias, devices, local),
+        bias=_canonical(whole.bias, operands.bias),
         bias_dtype=whole.bias_dtype,
-        mask=_canonical(whole.mask, operands.mask, devices, local),
+        mask=_canonical(whole.mask, operands.mask),
     )
     fields = {name: getattr(local, name) for name in ("scale", "key_mask", "segments")}
     plan = Plan(options.axis_name, devices, options.layout, problem, options.implementation)
@@ -96,26 +96,23 @@ def _stretched(own: Operands, pairs: dict[str, Any], local: Problem, devices: in
 
     def pair(name):
         x = pairs[name]
-        if x is None or not hasattr(x, "shape") or x.ndim < 1:
-            return x if x is None or not hasattr(x, "dtype") else jax.ShapeDtypeStruct((), x.dtype)
-        T, S = local.T, local.S
-        rows = x.shape[-2] if x.ndim > 1 else 1
-        if rows == T and x.ndim > 1 and (T > 1 or x.shape[-1] == S * devices):
-            if x.shape[-1] not in (1, S * devices):
-                must = (
-                    f"of the whole sequence's S = {S * devices} on its last axis, or 1, where it has queries"
-                )
+        if x is None or not hasattr(x, "shape") or x.ndim == 0:
+            return x
+        if devices > 1 and 1 in (local.T, local.S):
+            fail(name, "None where a device holds a single query or key", f"shape {x.shape}")
+        whole = local.S * devices
+        if x.ndim > 1 and x.shape[-2] == local.T:
+            if x.shape[-1] not in (1, whole):
+                must = f"of the whole sequence's S = {whole} on its last axis, or 1, where it has queries"
                 fail(name, must, f"shape {x.shape}")
             return longer(x, -2)
-        if x.shape[-1] == S * devices or x.shape[-1] == 1:
-            return longer(x)
-        return longer(x, -1)
+        return longer(x) if x.shape[-1] in (1, whole) else longer(x, -1)
 
     q, k, v = (longer(x, -2) for x in own[:3])
     return Operands(q, k, v, pair("bias"), pair("mask"))
 
 
-def _canonical(whole: Any, x: Any, devices: int, local: Problem) -> Any:
+def _canonical(whole: Any, x: Any) -> Any:
     """A device's canonical shape of a bias or mask, from that of the whole."""
     if whole is None:
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-import numpy as np
+import jax.numpy as jnp
 
 from flash_attention_jax._arguments import fail
 from flash_attention_jax._distributed._layout import LAYOUTS, Plan
@@ -51,8 +51,8 @@ class _Sizes(NamedTuple):
     """What the choice looks at.
 
     Attributes:
-        whole: bytes of K and V of the whole sequence, one batch element's and all.
-        hop_intensity: FLOPs of a hop's visible pairs, forward, for each byte that travels.
+        whole: bytes of K and V of the whole sequence.
+        hop_intensity: forward FLOPs of a hop, half of them where a band hides some, for each byte of it.
         hops: how many there are, the first of which needs no transfer.
     """
 
@@ -63,8 +63,7 @@ class _Sizes(NamedTuple):
 
 def _sizes(problem: Problem, plan: Plan) -> _Sizes:
     p = problem
-    bytes_each = np.dtype(p.accumulator).itemsize // (1 if p.dtype in ("float32", "float64") else 2)
-    whole = p.B * p.K * p.S * (p.D + p.Dv) * bytes_each
+    whole = p.B * p.K * p.S * (p.D + p.Dv) * jnp.dtype(p.dtype).itemsize
     pairs = p.B * p.N * (p.T // plan.devices) * (p.S // plan.devices) * (0.5 if p.banded else 1)
     flops = 2 * pairs * (p.D + p.Dv)
     return _Sizes(whole, flops / max(1, whole // plan.devices), len(plan.hops))

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 
 from flash_attention_jax._attend import Call, attend
-from flash_attention_jax._distributed._layout import Plan, from_natural, piece_numbers, pieces_of, to_natural
+from flash_attention_jax._distributed._layout import Plan, from_natural, piece_numbers, to_natural
 from flash_attention_jax._formulas import labels
 from flash_attention_jax._problem import Operands, Problem
 from flash_attention_jax._varying import alike
@@ -43,7 +44,7 @@ def all_to_all(plan: Plan, operands: Operands) -> tuple[Array, Array]:
             x = lax.all_gather(x, plan.axis, axis=along, tiled=True)
         return _in_natural_order(plan, name, x)
 
-    whole = _mapped(operands, scatter)
+    whole = _mapped(plan, operands, scatter)
     problem = _with_shapes(p, whole, N=p.N // count, K=p.K // count, T=p.T * count, S=p.S * count)
     out, lse = attend(Call(problem, plan.implementation), whole)
 
@@ -67,43 +68,45 @@ def all_gather(plan: Plan, operands: Operands) -> tuple[Array, Array]:
             x = lax.all_gather(x, plan.axis, axis=along, tiled=True)
         return _in_natural_order(plan, name, x, "s")
 
-    whole = _mapped(operands, gathered)
+    whole = _mapped(plan, operands, gathered)
     if not p.banded:
         problem = _with_shapes(p, whole, S=p.S * count)
         return attend(Call(problem, plan.implementation), whole)
-    pieces = pieces_of(plan.layout)
-    rows = p.T // pieces
-    numbers = jnp.asarray(piece_numbers(plan.layout, count), jnp.int32)[lax.axis_index(plan.axis)]
-    base = jnp.full((1,), p.q_offset or 0, jnp.int32) if p.offsets is None else whole.q_offset
-    results = []
-    for i in range(pieces):
-
-        def cut(x, name, i=i):
-            axis = labels(p, name).find("t")
-            whole_axis = axis >= 0 and x.shape[axis] == p.T
-            return lax.slice_in_dim(x, i * rows, (i + 1) * rows, axis=axis) if whole_axis else x
-
-        piece = _mapped(whole, cut)._replace(q_offset=base + numbers[i] * rows)
-        problem = _with_shapes(p, piece, T=rows, S=p.S * count)
-        results.append(attend(Call(problem, plan.implementation), Operands(*piece)))
+    results = [_of_piece(plan, whole, i) for i in range(plan.pieces)]
     out, lse = (jnp.concatenate(x, 2) for x in zip(*results, strict=True))
     return out, lse
 
 
-def _mapped(operands: Operands, function: Any) -> Operands:
+def _of_piece(plan: Plan, whole: Operands, i: int) -> tuple[Array, Array]:
+    """out and lse of a piece of a device's queries among all keys, in natural order."""
+    p, (rows, _) = plan.problem, plan.lengths
+    numbers = jnp.asarray(piece_numbers(plan.layout, plan.devices)[:, i], jnp.int32)
+    base = jnp.full((1,), p.q_offset or 0, jnp.int32) if p.offsets is None else whole.q_offset
+
+    def cut(x, name):
+        axis = labels(p, name).find("t")
+        if axis < 0 or x.shape[axis] != p.T:
+            return x
+        return lax.slice_in_dim(x, i * rows, (i + 1) * rows, axis=axis)
+
+    piece = _mapped(plan, whole, cut)
+    piece = piece._replace(q_offset=base + numbers[lax.axis_index(plan.axis)] * rows)
+    problem = _with_shapes(p, piece, T=rows, S=p.S * plan.devices)
+    return attend(Call(problem, plan.implementation), piece)
+
+
+def _mapped(plan: Plan, operands: Operands, function: Callable[[Array, str], Array]) -> Operands:
     given = {name: x for name, x in operands._asdict().items() if x is not None}
-    anchored = zip(given, alike(list(given.values())), strict=True)
-    return Operands(**{name: function(x, name) for name, x in anchored})
+    varying = alike([lax.axis_index(plan.axis), *given.values()])[1:]
+    return Operands(**{name: function(x, name) for name, x in zip(given, varying, strict=True)})
 
 
 def _divided_axis(plan: Plan, name: str, x: Array) -> int | None:
-    """The axis of an operand that is divided over the devices."""
-    p = plan.problem
-    axes = labels(p, name)
-    for label, length in (("t", p.T), ("s", p.S)):
+    """The axis of an operand that is divided over the devices: that of its queries, if it has one."""
+    axes = labels(plan.problem, name)
+    for label, length in (("t", plan.problem.T), ("s", plan.problem.S)):
         axis = axes.find(label)
-        # An axis of 1 broadcasts, but for q, k and v, and for what has a mask of its own length.
-        if axis >= 0 and x.shape[axis] == length and (length > 1 or name not in ("bias", "mask")):
+        if axis >= 0 and x.shape[axis] == length:
             return axis
     return None
 

@@ -44,8 +44,14 @@ class Division:
 
     @property
     def lengths(self) -> tuple[int, int]:
-        """T and S with their padding."""
-        T, S = (-(-n // self.unit) * self.unit for n in (self.problem.T, self.problem.S))
+        """T and S with their padding.
+
+        With a bias or a mask each device has two queries and keys at least: one could be taken for an axis
+        that broadcasts.
+        """
+        paired = self.problem.bias is not None or self.problem.mask is not None
+        least = 2 * self.mesh.shape[self.options.axis_name] if paired else 0
+        T, S = (max(least, -(-n // self.unit) * self.unit) for n in (self.problem.T, self.problem.S))
         return T, S
 
     def specs(self, operands: Operands) -> Operands:
