@@ -82,8 +82,8 @@ def flash_attention(
     automatic or explicit axes, each device computes its own part and nothing is gathered. Key/value
     heads are divided with the query heads; one alone is shared, and a count that the devices do not
     divide makes each device compute all heads. A divided sequence is right, but every device then
-    gathers the whole of q, k and v and repeats the work of the others. Inside `jax.shard_map` a
-    call is local.
+    gathers the whole of q, k and v and repeats the work of the others, which
+    `flash_attention_jax.distributed.ring_attention` does without. Inside `jax.shard_map` a call is local.
 
     Args:
         q: queries (*batch, [N,] T, D), float16, bfloat16, float32 or float64. With two axes there

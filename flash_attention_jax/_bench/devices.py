@@ -81,57 +81,66 @@ def _refuses(devices: int, strategy: str, workload: Workload, mode: str, where: 
     return heads_refused(workload.problem, devices) if strategy == "all_to_all" else None
 
 
+@dataclasses.dataclass(frozen=True)
+class _Way:
+    """A strategy and a layout over the devices of a mesh."""
+
+    mesh: Any
+    strategy: str
+    layout: str
+
+    @property
+    def place(self) -> NamedSharding:
+        """Of all arrays: (B, N, T, D) with T divided."""
+        return NamedSharding(self.mesh, PartitionSpec(None, None, "x"))
+
+    def put(self, x: np.ndarray) -> Array:
+        """An array of the host, divided."""
+        return jax.device_put(from_natural(x, 2, self.layout, self.mesh.size), self.place)
+
+    def get(self, x: Array) -> np.ndarray:
+        """Inverse of `put`."""
+        return to_natural(np.asarray(x), 2, self.layout, self.mesh.size)
+
+    def attention(self, workload: Workload, q: Array, k: Array, v: Array) -> Array:
+        """out of arrays that were put."""
+        options = {name: getattr(workload, name) for name in ("causal", "window", "precision")}
+        how = {name: getattr(self, name) for name in ("mesh", "strategy", "layout")}
+        return ring_attention(q, k, v, **options, **how).out
+
+
 def _prepare(
     devices: int, strategy: str, layout: str, workload: Workload, mode: str, inputs: Inputs, where: Where
 ) -> Program:
-    """The compiled program, its arrays divided; what is refused by the devices' memory is raised by it."""
-    w = workload
+    """The compiled program and its arrays."""
     mesh = jax.make_mesh((devices,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
-    place = NamedSharding(mesh, PartitionSpec(None, None, "x"))
+    way = _Way(mesh, strategy, layout)
 
-    def put(x: np.ndarray) -> Array:
-        return jax.device_put(from_natural(x, 2, layout, devices), place)
+    def kept(name):
+        return inputs.keep(("devices", devices, layout, name), lambda: way.put(inputs.normal(name)))
 
-    def attention(q, k, v):
-        return ring_attention(
-            q,
-            k,
-            v,
-            causal=w.causal,
-            window=w.window,
-            precision=w.precision,
-            mesh=mesh,
-            strategy=strategy,
-            layout=layout,
-        ).out
-
-    def arrays(names):
-        def kept(name):
-            return inputs.keep(("devices", devices, layout, name), lambda: put(inputs.normal(name)))
-
-        return tuple(map(kept, names))
-
-    qkv, more = arrays(("q", "k", "v")), arrays(MODES[mode].extras)
+    qkv, more = (tuple(map(kept, names)) for names in (("q", "k", "v"), MODES[mode].extras))
     begun = time.perf_counter()
-    outputs = (place,) * len(MODES[mode].outputs)
-    compiled = jax.jit(transformed(attention, mode), out_shardings=outputs).lower(qkv, more).compile()
+    function = transformed(functools.partial(way.attention, workload), mode)
+    outputs = (way.place,) * len(MODES[mode].outputs)
+    compiled = jax.jit(function, out_shardings=outputs).lower(qkv, more).compile()
     taken = time.perf_counter() - begun
-    analysis = compiled.memory_analysis()
+    memory = compiled.memory_analysis()
 
     def results(dout):
-        given = more if dout is None else (put(dout),)
+        given = more if dout is None else (way.put(dout),)
         found = zip(MODES[mode].outputs, compiled(qkv, given), strict=True)
-        return {name: to_natural(np.asarray(x), 2, layout, devices) for name, x in found}
+        return {name: way.get(x) for name, x in found}
 
-    def memory():
-        if analysis is None:
+    def beside_inputs():
+        if memory is None:
             return None
-        return analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+        return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
 
     return Program(
         start=lambda: compiled(qkv, more),
         wait=jax.block_until_ready,
         results=results,
-        memory=memory,
+        memory=beside_inputs,
         compile_seconds=taken,
     )
