@@ -82,8 +82,8 @@ def flash_attention(
     automatic or explicit axes, each device computes its own part and nothing is gathered. Key/value
     heads are divided with the query heads; one alone is shared, and a count that the devices do not
     divide makes each device compute all heads. A divided sequence is right, but every device then
-    gathers the whole of q, k and v and repeats the work of the others. Inside `jax.shard_map` a
-    call is local.
+    gathers the whole of q, k and v and repeats the work of the others, which
+    `flash_attention_jax.distributed.ring_attention` does without. Inside `jax.shard_map` a call is local.
 
     Args:
         q: queries (*batch, [N,] T, D), float16, bfloat16, float32 or float64. With two axes there
@@ -184,7 +184,7 @@ def attention(
 
 def flash(operands: Operands, segment_ids: Any = None, *, implementation: Any = None, **options: Any):
     """What every form of `flash_attention` comes down to; options are those of `normalize`."""
-    _check_implementation(implementation)
+    check_implementation(implementation)
     problem, operands, scale = normalize(operands, segment_ids, **options)
     where = placement(problem, operands)
     return AttentionOutput(*_flash(Call(problem, implementation), operands, scale, where))
@@ -197,7 +197,8 @@ def attention_and_lse(q, k, v, key_mask=None, *, bias=None, mask=None, q_offset=
     return AttentionOutput(*_plain(problem, operands, scale))
 
 
-def _check_implementation(implementation: Any) -> None:
+def check_implementation(implementation: Any) -> None:
+    """Rejects what is no implementation's name."""
     if implementation is None or (isinstance(implementation, str) and implementation in IMPLEMENTATIONS):
         return
     must = f"None or one of {', '.join(map(repr, IMPLEMENTATIONS))}"

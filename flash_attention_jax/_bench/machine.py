@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -47,6 +48,13 @@ def share_the_gpu() -> None:
     """
     if any(installed(f"jax_cuda{n}_plugin") for n in (12, 13)):
         jax.config.update("jax_pjrt_client_create_options", {"preallocate": False})
+
+
+def make_cpu_devices(count: int) -> None:
+    """Makes so many devices of the CPU, which share its cores, where JAX has not begun to use it."""
+    # Afterwards the devices are what they are; who needs more of them says so.
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", count)
 
 
 def here() -> Where:

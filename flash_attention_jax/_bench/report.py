@@ -49,10 +49,12 @@ def unit_of(report: Report) -> tuple[float, str]:
 def legend(report: Report) -> str:
     """What the numbers are."""
     taken = "one round" if report.repeats == 1 else f"median of {report.repeats} rounds ± half the IQR"
-    return (
-        f"{unit_of(report)[1]} of visible pairs, {taken}; speed over that of {report.baseline}; "
-        "memory beside the inputs."
-    )
+    over, of = f"speed over that of {report.baseline}", ""
+    if report.devices > 1:
+        part = f"1/{report.devices} of the length"
+        over = f"share of {report.devices} times {report.baseline} on one device at {part}"
+        of = " of a device"
+    return f"{unit_of(report)[1]} of visible pairs, {taken}; {over}; memory{of} beside the inputs."
 
 
 def _wide(report: Report) -> Table:
@@ -104,7 +106,7 @@ def _text(report: Report, row: Row, cell: Cell | None, numbers: dict[str, int]) 
     if len(cell.samples) > 1:
         low, high = cell.quartiles
         lines[0] += f" ±{50 * (high - low) / cell.seconds:.0f}%"
-    ratio = row.ratio(cell, report.baseline)
+    ratio = report.ratio(row, cell)
     lines.append("" if ratio is None else f"{ratio:.2f}x")
     lines.append("" if cell.memory is None else size(cell.memory))
     if cell.worst > 1:

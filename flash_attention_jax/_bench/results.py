@@ -109,6 +109,8 @@ class Report:
         command: the command line's arguments.
         started: date and time in UTC, ISO 8601.
         baseline: the peer that ratios are over.
+        devices: over how many devices the peers other than the baseline run, which then runs on one, at
+            that part of the length and in rows of its own.
     """
 
     machine: dict[str, Any]
@@ -117,6 +119,20 @@ class Report:
     repeats: int
     baseline: str
     rows: tuple[Row, ...]
+    devices: int = 1
+
+    def ratio(self, row: Row, cell: Cell) -> float | None:
+        """The cell's speed over the baseline's; over several devices, as a share of so many baselines."""
+        if self.devices == 1:
+            return row.ratio(cell, self.baseline)
+        alone = dataclasses.replace(row.workload, length=row.workload.length // self.devices)
+        for other in self.rows:
+            base = other.cell(self.baseline)
+            if base is None or base is cell or (other.workload, other.mode) != (alone, row.mode):
+                continue
+            if base.status == cell.status == "measured":
+                return row.rate(cell) / (self.devices * other.rate(base))
+        return None
 
     @property
     def peers(self) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from flash_attention_jax._arguments import FLOATS, PRECISIONS
-from flash_attention_jax._bench import machine, peers, plot, report
+from flash_attention_jax._bench import devices, machine, peers, plot, report
 from flash_attention_jax._bench.measure import Settings, measure
 from flash_attention_jax._bench.modes import MODES
 from flash_attention_jax._bench.peers import Peer
@@ -93,6 +93,13 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         help=f"of {', '.join(peers.everyone())}; what stands before a colon asks for all of it, "
         "and flash_attention alone is its own choice (default: all that are installed and run here)",
     )
+    group.add_argument(
+        "--devices",
+        type=parse.positive,
+        metavar="N",
+        help=f"divide the sequence over N devices by {', '.join(devices.NAMES)}, beside flash_attention on "
+        "one at 1/N of the length; on a CPU so many are made, which share its cores",
+    )
     group.add_argument("--baseline", metavar="PEER", help="the peer that ratios are over")
     group.add_argument(
         "--repeats", type=parse.positive, metavar="N", help=f"samples of each (default {_REPEATS})"
@@ -123,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _stored(args: argparse.Namespace) -> Report:
     """A stored report, as far as it was asked for."""
-    _refuse(args, "from", (*_PROBLEM, "preset", "json", "repeats"))
+    _refuse(args, "from", (*_PROBLEM, "preset", "json", "repeats", "devices"))
     text = pathlib.Path(args.stored).read_text(encoding="utf-8")
     whole = Report.from_json(text)
     modes = args.modes or tuple(MODES)
@@ -142,16 +149,24 @@ def _stored(args: argparse.Namespace) -> Report:
 
 def _measured(args: argparse.Namespace) -> Report:
     """Measures what was asked for, and stores it where it should be."""
+    if args.devices is not None:
+        _refuse(args, "devices", ("baseline",))
+        if args.plot is not None:
+            raise ValueError("--plot cannot be given with --devices, whose lengths are of two kinds")
+        machine.make_cpu_devices(args.devices)
     preset = None if args.preset is None else PRESETS[args.preset]
-    asked = None if args.peers is None else peers.asked_for(args.peers)
-    if machine.installed("torch") and (asked is None or any(p.module == "torch" for p in asked)):
-        machine.share_the_gpu()
+    if args.devices is None and machine.installed("torch"):
+        asked = None if args.peers is None else peers.asked_for(args.peers)
+        if asked is None or any(p.module == "torch" for p in asked):
+            machine.share_the_gpu()
     where = machine.here()
     workloads = _workloads(args, preset, where.platform)
     modes = args.modes or (preset.modes if preset else tuple(MODES)[:2])
+    if args.devices is not None:
+        devices.check(workloads, args.devices)
     chosen = _peers(args, preset, workloads, modes, where)
     able = {p.name for p in chosen if any(p.refuses(w, modes[0], where) is None for w in workloads)}
-    baseline = _baseline(args, preset, [p.name for p in chosen], able)
+    baseline = peers.AUTO if args.devices else _baseline(args, preset, [p.name for p in chosen], able)
     if args.plot is not None:
         pairs = itertools.product(workloads, modes)
         plot.check(args.plot, [Row(w, mode, 0, 0, 0, ()) for w, mode in pairs])
@@ -162,8 +177,8 @@ def _measured(args: argparse.Namespace) -> Report:
         living(Inputs(workload))
     begun = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     settings = Settings(where, args.repeats or _REPEATS)
-    found = Report({}, tuple(args.command_line), begun, settings.repeats, baseline, ())
-    for row in _rows(workloads, modes, chosen, settings):
+    found = Report({}, tuple(args.command_line), begun, settings.repeats, baseline, (), args.devices or 1)
+    for row in _rows(_tables(args, workloads, chosen), modes, settings):
         described = machine.describe(where) | {"threads": machine.threads()}
         found = dataclasses.replace(found, machine=described, rows=(*found.rows, row))
         if args.json is not None:  # After each row, so that nothing takes what was measured away.
@@ -173,12 +188,23 @@ def _measured(args: argparse.Namespace) -> Report:
     return found
 
 
+def _tables(
+    args: argparse.Namespace, workloads: Sequence[Workload], chosen: Sequence[Peer]
+) -> list[tuple[Workload, Sequence[Peer]]]:
+    """Who runs which workloads: where it is over several devices, one alone runs its part before."""
+    if args.devices is None:
+        return [(w, chosen) for w in workloads]
+    parts = (devices.of_one(w, args.devices) for w in workloads)
+    pairs = zip(parts, workloads, strict=True)
+    return [table for part, w in pairs for table in ((part, [devices.alone()]), (w, chosen))]
+
+
 def _rows(
-    workloads: Sequence[Workload], modes: Sequence[str], chosen: Sequence[Peer], settings: Settings
+    tables: Sequence[tuple[Workload, Sequence[Peer]]], modes: Sequence[str], settings: Settings
 ) -> Iterator[Row]:
     """The rows under a progress bar; an interrupt ends them early, and what is there is kept."""
     with progress() as bar:
-        total = len(workloads) * len(modes) * len(chosen) * settings.steps
+        total = sum(len(chosen) for _, chosen in tables) * len(modes) * settings.steps
         task = bar.add_task("bench", total=total, note="")
         told = dataclasses.replace(
             settings,
@@ -186,7 +212,7 @@ def _rows(
             advance=lambda steps: bar.advance(task, steps),
         )
         try:
-            for workload in workloads:
+            for workload, chosen in tables:
                 inputs = Inputs(workload)
                 for mode in modes:
                     yield measure(workload, mode, chosen, inputs, told)
@@ -225,6 +251,10 @@ def _refuse(args: argparse.Namespace, option: str, names: Sequence[str] | dict[s
 
 
 def _peers(args: argparse.Namespace, preset, workloads, modes, where) -> list[Peer]:
+    if args.devices is not None:
+        found = devices.everyone(args.devices)
+        names = found if args.peers is None else _matching(args.peers, tuple(found))
+        return [peer for name, peer in found.items() if name in names]
     if args.peers is not None:
         return peers.asked_for(args.peers)
     if preset is None or preset.peers is None:
