@@ -114,6 +114,7 @@ BACKWARD_VARIANTS: dict[str, list[dict[str, Any]]] = {
     "d128-causal": [*_KEPT[:2], {"slots_ds": 1}],
     "d64": [{"rotate": False}, *_KEPT, {"slots_ds": 1}, {"block_q": 64}],
     "d64-causal": [*_KEPT, {"slots_ds": 1}, {"block_q": 64}],
+    "d256-causal": [{"slots_dq": 2, "piece": 32}, {"stages_do": 2, "slots_ds": 1, "piece": 32}],
     "4k": [{"rotate": False}, {"section": 1}, {"section": None}],
     "2k-causal": [{"persistent": True}, {"section": 16}, {"section": 4}],
     "gqa-causal": [{"section": 1}, {"section": 4}],
