@@ -117,6 +117,7 @@ BACKWARD_VARIANTS: dict[str, list[dict[str, Any]]] = {
     "2k-causal": [{"persistent": False}, {"section": 8}],
     "gqa-causal": [{"persistent": False}],
     "512-causal": [{"persistent": False}],
+    "d256-causal": [{"slots_dq": 2, "piece": 32}, {"stages_do": 2, "slots_ds": 1, "piece": 32}],
 }
 _BACKWARD_SHAPES = (
     "d128",

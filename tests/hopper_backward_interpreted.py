@@ -24,6 +24,7 @@ from flash_attention_jax.testing import _cotangents, error, exact, plain_errors
 
 _SMALL = BackwardConfig()
 _ROWS = BackwardConfig(block_q=128)
+_WIDE = BackwardConfig(columns=True, stages_do=1)
 
 CASES = {
     case.name: (case, config)
@@ -47,6 +48,19 @@ CASES = {
             dataclasses.replace(_ROWS, stages_q=1, stages_do=1),
         ),
         (_case("hidden-nan", causal=True, q_offset=3, poison=True), _SMALL),
+        (_case("wide", (1, 2, 128, 192), (1, 1, 128, 192), (1, 1, 128, 128), causal=True), _WIDE),
+        (
+            _case(
+                "wide-ragged",
+                (1, 1, 70, 40),
+                (1, 1, 90, 40),
+                (1, 1, 90, 16),
+                q_offset=-9,
+                causal=True,
+                poison=True,
+            ),
+            dataclasses.replace(_WIDE, slots_ds=1, persistent=True, piece=32),
+        ),
     )
 }
 

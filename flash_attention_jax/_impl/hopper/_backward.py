@@ -13,7 +13,7 @@ from flash_attention_jax._impl.hopper._backward_blocks import BackwardPlan, tabl
 from flash_attention_jax._impl.hopper._backward_configs import (
     BackwardConfig,
     choose_backward_config,
-    chunks_of_k,
+    layouts,
 )
 from flash_attention_jax._impl.hopper._backward_kernel import BackwardArrays, differentiate
 from flash_attention_jax._impl.hopper._backward_memory import BackwardMemory, scratch
@@ -108,7 +108,7 @@ def _statistics(plan: BackwardPlan, lse: Array, delta: Array) -> tuple[Array, Ar
 
 def _shape_of_dq(plan: BackwardPlan, interpret: Any) -> tuple[int, ...]:
     p = plan.problem
-    shape = (p.B * p.N * plan.length, chunks_of_k(p, plan.config).columns)
+    shape = (p.B * p.N * plan.length, layouts(p, plan.config).k.columns)
     # The interpreter does not add: each tile has an array of its own.
     return shape if interpret is None else (plan.across.tiles_t, *shape)
 

@@ -55,9 +55,9 @@ class BackwardPlan:
                 q_offset=-(p.q_offset or 0),
             ),
             Config(
-                block_q=c.keys,
+                block_q=c.tile_kv,
                 block_kv=c.block_q,
-                consumers=c.consumers,
+                consumers=1,
                 persistent=c.persistent,
                 section=c.section,
             ),
@@ -143,15 +143,14 @@ class KeyPlace:
     offset: Any
 
 
-def seen_by_block(plan: BackwardPlan, refs: Tables, place: KeyPlace, block: Any, zero: Any) -> Array:
-    """Bool (keys, block_q): `_mask.visible` inside a block of queries, False beyond the last key.
+def seen_by_block(plan: BackwardPlan, refs: Tables, place: KeyPlace, start: Any, zero: Any) -> Array:
+    """Bool (keys, queries): `_mask.visible` for queries from `start` on, False beyond the last key.
 
     Args:
         zero: 0, which only the caller knows: columns that depend on it are not kept in registers of a loop.
     """
     p, c = plan.problem, plan.config
-    shape = (c.keys, c.block_q)
-    start = block * c.block_q
+    shape = (c.keys, c.queries)
     rows, cols = (plgpu.broadcasted_iota(jnp.int32, shape, i, layout=plgpu.Layout.WGMMA) for i in (0, 1))
     terms = []
     if plan.ragged:
@@ -167,7 +166,7 @@ def seen_by_block(plan: BackwardPlan, refs: Tables, place: KeyPlace, block: Any,
         terms.append(lax.broadcast_in_dim(kept, shape, [0]) != 0)
     if refs.q_segments is not None:
         own = _vector(refs.kv_segments, place.batch, place.first, c.keys, ROWS)
-        theirs = _vector(refs.q_segments, place.batch, start, c.block_q, COLUMNS)
+        theirs = _vector(refs.q_segments, place.batch, start, c.queries, COLUMNS)
         terms.append(lax.broadcast_in_dim(own, shape, [0]) == lax.broadcast_in_dim(theirs, shape, [1]))
     result = terms[0]
     for term in terms[1:]:

@@ -24,11 +24,14 @@ class BackwardConfig:
 
     Attributes:
         block_q: query rows of one block, a multiple of 64.
-        keys: keys of one consumer warpgroup, a multiple of 64.
+        keys: keys of one consumer warpgroup, a multiple of 64; of the tile where `columns` is set.
         consumers: warpgroups that compute, 1 to 3; each has `keys` rows of the tile.
+        columns: whether consumers divide the columns of dK, dV and dQ instead, and of the logits the queries;
+            `block_q` is 64 then, and there are at most two. For head dims whose sums are too large otherwise.
         stages_q, stages_do: blocks of Q and of dO that their rings in shared memory hold.
         slots_ds: blocks of dS in shared memory, 1 or 2; with 2 no consumer waits for one to become free.
         slots_dq: pieces of 64 rows of dQ that a consumer may have on their way out.
+        piece: columns of such a piece, 32 or 64, where the layout of K allows a choice.
         early_lse: whether lse is read before the logits are there; registers hold it meanwhile.
         persistent: whether a thread block stays on its multiprocessor and takes tile after tile.
         rotate: whether, without a mask, each tile begins with other queries, so that tiles which run side by
@@ -40,10 +43,12 @@ class BackwardConfig:
     block_q: int = 64
     keys: int = 64
     consumers: int = 2
+    columns: bool = False
     stages_q: int = 2
     stages_do: int = 2
     slots_ds: int = 2
     slots_dq: int = 1
+    piece: int = 64
     early_lse: bool = False
     persistent: bool = False
     rotate: bool = True
@@ -53,12 +58,51 @@ class BackwardConfig:
     @property
     def tile_kv(self) -> int:
         """Keys of a tile."""
-        return self.keys * self.consumers
+        return self.keys * (1 if self.columns else self.consumers)
+
+    @property
+    def queries(self) -> int:
+        """Queries of a block whose logits one consumer computes."""
+        return self.block_q // (self.consumers if self.columns else 1)
 
     @property
     def threads(self) -> int:
         """Warpgroups of a thread block."""
         return self.consumers + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Layouts:
+    """How the columns of heads lie in shared memory; dO lies as `do`, dK as `k`, dV as `v` says."""
+
+    q: Chunks
+    k: Chunks
+    v: Chunks
+    do: Chunks
+
+
+def layouts(problem: Problem, config: BackwardConfig) -> Layouts:
+    """The layouts of a problem: K in as many chunks as consumers divide the columns of dQ, if they do."""
+    of_q, of_v = chunks(problem, problem.D), chunks(problem, problem.Dv)
+    if config.columns:
+        of_q, of_v = (_by_columns(of, dim, config) for of, dim in ((of_q, problem.D), (of_v, problem.Dv)))
+        return Layouts(of_q, of_q, of_v, of_v)
+    of_k = of_q
+    if of_q.tiled and (config.block_q // 64) % config.consumers:
+        width = -(-of_q.width // (64 * config.consumers)) * 64
+        # A chunk has the same width as the others.
+        while of_q.width % width:
+            width -= 64
+        of_k = dataclasses.replace(of_q, width=width, count=of_q.width // width)
+    return Layouts(of_q, of_k, of_v, of_v)
+
+
+def _by_columns(of: Chunks, dim: int, config: BackwardConfig) -> Chunks:
+    """A layout in tiles no wider than the queries of a consumer, who writes whole tiles of P and dS."""
+    tile = min(of.tile, config.queries)
+    if not of.tiled:
+        return dataclasses.replace(of, width=tile, count=-(-dim // tile), tile=tile)
+    return dataclasses.replace(of, width=dim // config.consumers, count=config.consumers, tile=tile)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,29 +122,22 @@ class Share:
 
 def share(problem: Problem, config: BackwardConfig) -> Share:
     """How the consumers divide a block of dQ."""
-    groups, count = config.block_q // 64, chunks_of_k(problem, config).count
+    groups, count = config.block_q // 64, layouts(problem, config).k.count
     if groups % config.consumers == 0:
         return Share(True, groups // config.consumers, count)
     return Share(False, groups, -(-count // config.consumers))
 
 
-def chunks_of_k(problem: Problem, config: BackwardConfig) -> Chunks:
-    """The layout of K: in as many chunks as consumers divide the columns of dQ, if they do."""
-    whole = chunks(problem, problem.D)
-    parts = config.consumers if (config.block_q // 64) % config.consumers else 1
-    if not whole.tiled:
-        return whole
-    width = -(-whole.width // (64 * parts)) * 64
-    # A chunk has the same width as the others.
-    while whole.width % width:
-        width -= 64
-    return dataclasses.replace(whole, width=width, count=whole.width // width)
+def piece_of_dq(of_k: Chunks, config: BackwardConfig) -> int:
+    """Columns of a piece of dQ on its way out."""
+    return config.piece if of_k.width % config.piece == 0 else of_k.tile
 
 
 # Not measured yet: the sizes of FlashAttention-3 (arXiv 2407.08608). By padded max(D, Dv).
 _TABLE: tuple[tuple[int, BackwardConfig], ...] = (
     (64, BackwardConfig(block_q=128)),
     (128, BackwardConfig(block_q=64)),
+    (256, BackwardConfig(block_q=64, columns=True, stages_do=1)),
 )
 
 
@@ -129,14 +166,16 @@ def _section(problem: Problem) -> int:
 
 def shared_bytes(problem: Problem, config: BackwardConfig) -> int:
     """Shared memory of a thread block, each buffer rounded up to 1024 bytes."""
-    c, of_q, of_v = config, chunks(problem, problem.D), chunks(problem, problem.Dv)
+    c, of = config, layouts(problem, config)
+    block = 2 * c.slots_ds * c.tile_kv * c.block_q
     buffers = [
-        2 * c.tile_kv * of_q.columns,
-        2 * c.tile_kv * of_v.columns,
-        2 * c.stages_q * c.block_q * of_q.columns,
-        2 * c.stages_do * c.block_q * of_v.columns,
-        2 * c.slots_ds * c.tile_kv * c.block_q,
-        4 * c.consumers * c.slots_dq * 64 * of_q.tile,
+        2 * c.tile_kv * of.k.columns,
+        2 * c.tile_kv * of.v.columns,
+        2 * c.stages_q * c.block_q * of.q.columns,
+        2 * c.stages_do * c.block_q * of.do.columns,
+        block,
+        block if c.columns else 0,
+        4 * c.consumers * c.slots_dq * 64 * piece_of_dq(of.k, c),
         8 * c.stages_q * c.block_q,
         8 * (2 * c.stages_q + 2 * c.stages_do + c.slots_ds + 6),
     ]
@@ -144,12 +183,14 @@ def shared_bytes(problem: Problem, config: BackwardConfig) -> int:
 
 
 def registers(problem: Problem, config: BackwardConfig) -> int:
-    """Registers of a consumer's thread at its fullest: the sums, logits, their gradients and the rest."""
-    columns = chunks(problem, problem.D).columns + chunks(problem, problem.Dv).columns
-    sums = config.keys * columns / 128
-    block = config.keys * config.block_q / 128
-    # P and dP, which then become 16 bits and leave room for dQ.
-    return math.ceil(sums + 2 * block) + _OTHER_REGISTERS
+    """Registers of a consumer's thread at its fullest: the sums and either P and dP or dQ."""
+    c, of, part = config, layouts(problem, config), share(problem, config)
+    each = c.consumers if c.columns else 1
+    sums = c.keys * sum(-(-x.count // each) * x.width for x in (of.q, of.v)) / 128
+    block = c.keys * c.queries / 128
+    dq = 64 * part.groups * part.chunks * of.k.width / 128
+    # As left operands, P and dS have 16 bits.
+    return math.ceil(sums + max(2 * block, dq + (0 if c.columns else block))) + _OTHER_REGISTERS
 
 
 def too_large_backward(problem: Problem, config: BackwardConfig) -> str | None:

@@ -13,13 +13,17 @@ operands from registers. dQ needs the keys of all consumers: dS^T goes to shared
 computes a share of the block of dQ, which TMA adds to a float32 array in device memory. These sums arrive in
 any order, so dQ differs from run to run by its rounding.
 
+Where a warpgroup cannot hold dK and dV of 64 keys (head dims above 128, `BackwardConfig.columns`), the tile
+has 64 keys in all. A consumer computes the columns of S^T and dP^T that belong to its queries, puts P^T and
+dS^T into shared memory, and has a share of the columns of dK, dV and dQ. `Part` says who has what.
+
 The accumulator of dP^T starts at minus delta, which saves a subtraction. The softmax runs under the product
 V dO^T; while one consumer computes, the products of the others run.
 
 Shared memory, in bytes for 16-bit numbers, with D and Dv padded as `Chunks` says: k 2 tile_kv D, v 2 tile_kv
-Dv, q 2 stages_q block_q D, do 2 stages_do block_q Dv, ds 2 slots_ds tile_kv block_q, dq 256 consumers
-slots_dq tile, statistics 8 stages_q block_q. `_backward_configs.shared_bytes` adds them up. The barriers are
-described in `BackwardMemory`.
+Dv, q 2 stages_q block_q D, do 2 stages_do block_q Dv, ds 2 slots_ds tile_kv block_q, p as ds where columns
+are divided, dq 256 consumers slots_dq piece, statistics 8 stages_q block_q. `shared_bytes` adds them up. The
+barriers are described in `BackwardMemory`.
 
 What is hidden may hold anything, and 0 * NaN is NaN. With masks, keys that are not finite become 0 in shared
 memory once for each tile. The weights of hidden pairs are replaced, and gradients of logits whose weight
@@ -41,10 +45,12 @@ from jax import lax
 
 from flash_attention_jax._impl.hopper import _softmax
 from flash_attention_jax._impl.hopper._backward_blocks import BackwardPlan, KeyPlace, seen_by_block
-from flash_attention_jax._impl.hopper._backward_configs import REGISTERS, Share, share
+from flash_attention_jax._impl.hopper._backward_configs import REGISTERS
 from flash_attention_jax._impl.hopper._backward_memory import BackwardMemory
-from flash_attention_jax._impl.hopper._blocks import COLUMNS, ROWS, Tables, Visits, load, rem
-from flash_attention_jax._impl.hopper._softmax import across
+from flash_attention_jax._impl.hopper._backward_out import add_dq, copy_out, write
+from flash_attention_jax._impl.hopper._backward_parts import Part, within
+from flash_attention_jax._impl.hopper._backward_repair import repair_keys, repair_queries
+from flash_attention_jax._impl.hopper._blocks import COLUMNS, Tables, Visits, load, rem
 
 Array = Any
 _WGMMA = plgpu.Layout.WGMMA
@@ -93,7 +99,8 @@ def differentiate(plan: BackwardPlan, arrays: BackwardArrays, memory: BackwardMe
     def _():
         if consumers > 1:
             plgpu.set_max_registers(for_consumers, action="increase")
-        BackwardConsumer(plan, arrays, memory, warpgroup).run()
+        part = Part.of(plan.problem, plan.config, warpgroup)
+        BackwardConsumer(plan, arrays, memory, warpgroup, part).run()
 
     @pl.when(warpgroup == consumers)
     def _():
@@ -187,11 +194,7 @@ class BackwardConsumer:
     arrays: BackwardArrays
     memory: BackwardMemory
     own: Any
-
-    @property
-    def interpreted(self) -> bool:
-        """Whether the interpreter runs this."""
-        return self.memory.weights is not None
+    part: Part
 
     def run(self) -> None:
         """All tiles of this thread block."""
@@ -207,33 +210,30 @@ class BackwardConsumer:
 
     def _tile(self, batch, head, row, visits, count):
         plan, p, c, m = self.plan, self.plan.problem, self.plan.config, self.memory
-        first = row * c.tile_kv + self.own * c.keys
+        first = row * c.tile_kv + self.part.keys.start
         place = KeyPlace(batch, head, first, plan.offset(self.arrays.tables, batch))
         plgpu.barrier_wait(m.k_full)
         plgpu.barrier_wait(m.v_full)
         if p.masked:
-            self._repair_keys()
+            repair_keys(m, c, self.own)
+            if c.columns:
+                self._meet()
+        tile = Tile(place, row)
 
         def step(i, sums, masked):
-            return self._step(sums, Tile(place, row), plan.step(visits, i, masked), count + i, masked)
+            return self._step(sums, tile, plan.step(visits, i, masked), count + i, masked)
 
-        zeros = self._zeros(m.q.of), self._zeros(m.do.of)
-        dk, dv = _over_steps(plan, visits, step, zeros)
-        self._give_out(batch, head, first, dk, dv)
+        def zeros(of, chunks):
+            return (plgpu.layout_cast(jnp.zeros((c.keys, of.width), jnp.float32), _WGMMA),) * len(chunks)
 
-    def _zeros(self, of: Any) -> tuple[Array, ...]:
-        zero = jnp.zeros((self.plan.config.keys, of.width), jnp.float32)
-        return tuple(plgpu.layout_cast(zero, _WGMMA) for _ in range(of.count))
+        start = zeros(m.q.of, self.part.of_dk), zeros(m.do.of, self.part.of_dv)
+        dk, dv = _over_steps(plan, visits, step, start)
+        self._give_out(tile, dk, dv)
 
     def _meet(self) -> None:
         """Waits for all consumers."""
         plgpu.barrier_arrive(self.memory.done)
         plgpu.barrier_wait(self.memory.done)
-
-    @property
-    def _keys(self) -> Any:
-        """This consumer's rows of the tile."""
-        return pl.ds(self.own * self.plan.config.keys, self.plan.config.keys)
 
     # One block of queries.
 
@@ -246,26 +246,36 @@ class BackwardConsumer:
         plgpu.barrier_wait(m.do_full.at[slots.do])
         if masked and self.arrays.dead is not None:
             dead = self.arrays.dead[tile.place.batch, head, block] != 0
-            pl.when(dead)(lambda: self._repair_queries(slots))
+
+            @pl.when(dead)
+            def _():
+                repair_queries(m, c, self.own, slots)
+                self._meet()
 
         def seen():
-            return seen_by_block(plan, self.arrays.tables, tile.place, block, zero)
+            start = block * c.block_q + self.part.queries.start
+            return seen_by_block(plan, self.arrays.tables, tile.place, start, zero)
 
         weights, slopes = self._weights_and_slopes(slots, seen if masked else None)
-        if self.arrays.dq is not None:
-            self._share_slopes(slopes, slots.ds)
+        if self.arrays.dq is not None or c.columns:
+            self._share(weights, slopes, slots.ds)
         start = ((tile.place.batch * plan.problem.N + head) * plan.length) + block * c.block_q
-        sums = self._gradients(sums, weights, slopes, slots, lambda dq: self._send(dq, tile.row, start))
+
+        def send(values):
+            to = self.arrays.dq.at[tile.row] if m.interpreted else self.arrays.dq
+            add_dq(m, c, self.own, self.part, values, to, start)
+
+        sums = self._gradients(sums, weights, slopes, slots, send)
         plgpu.barrier_arrive(m.q_free.at[slots.q])
         return sums
 
     def _weights_and_slopes(self, slots: Slots, seen: Any) -> tuple[Array, Array]:
         """P^T and dS^T in 16 bits; seen() says what is visible, and is None where everything is."""
         p, c, m = self.plan.problem, self.plan.config, self.memory
-        shape = (c.keys, c.block_q)
+        shape = (c.keys, c.queries)
 
         def statistic(i):
-            values = load(m.statistics.at[slots.q, i], layout=COLUMNS)
+            values = load(m.statistics.at[slots.q, i, self.part.queries], layout=COLUMNS)
             return lax.broadcast_in_dim(values, shape, [1])
 
         def issue(products, gradients):
@@ -278,7 +288,7 @@ class BackwardConsumer:
             return self._softmax(x, statistic(_LSE) if early is None else early, seen)
 
         delta = statistic(_DELTA)
-        if self.interpreted:
+        if m.interpreted:
 
             def scoped(products, gradients):
                 return issue(products, gradients), gradients[...]
@@ -316,39 +326,50 @@ class BackwardConsumer:
             weights, slope = (jnp.where(kept, y, 0.0) for y in (weights, slope))
         return [slope] if p.softcap is None else [slope, weights.astype(p.dtype)]
 
-    def _share_slopes(self, slopes: Array, slot: Any) -> None:
-        """Writes this consumer's rows of dS^T to shared memory, and waits for those of the others."""
-        c, m = self.plan.config, self.memory
+    def _share(self, weights: Array, slopes: Array, slot: Any) -> None:
+        """Writes this consumer's part of dS^T, and of P^T, for the others, and waits for theirs."""
+        c, m, part = self.plan.config, self.memory, self.part
         if c.slots_ds == 1:
             # All must have read the block before.
             self._meet()
-        for group in range(c.block_q // 64):
-            m.ds[slot, group, self._keys] = slopes[:, group * 64 : (group + 1) * 64]
+        if c.columns:
+            m.p[slot, 0, :, part.queries] = weights
+            m.ds[slot, 0, :, part.queries] = slopes
+        else:
+            for group in range(c.block_q // 64):
+                m.ds[slot, group, part.keys] = slopes[:, group * 64 : (group + 1) * 64]
         plgpu.commit_smem()
         plgpu.barrier_arrive(m.ds_full.at[slot])
         # Not between products: where there is a branch while some are under way, ptxas serializes every
         # `wgmma` of the kernel (C7513).
         plgpu.barrier_wait(m.ds_full.at[slot])
 
+    def _left(self, weights: Array, slopes: Array, slot: Any) -> tuple[Any, Any]:
+        """P^T and dS^T as left operands: of this consumer's keys and all queries of the block."""
+        m = self.memory
+        if self.plan.config.columns:
+            return m.p.at[slot, 0], m.ds.at[slot, 0]
+        if not m.interpreted:
+            return weights, slopes
+        return m.weights.at[self.own, 0], m.weights.at[self.own, 1]
+
     def _gradients(self, sums: Any, weights: Array, slopes: Array, slots: Slots, send: Any) -> Any:
         """dK and dV with those of this block added; send(values) has this consumer's share of dQ."""
-        m, wanted = self.memory, self.arrays.dq is not None
-        part = share(self.plan.problem, self.plan.config)
-        count = part.groups * part.chunks if wanted else 0
-        left: Any = (weights, slopes)
-        if self.interpreted:
-            for i, x in enumerate(left):
+        m, part, wanted = self.memory, self.part, self.arrays.dq is not None
+        count = len(part.of_dq) if wanted else 0
+        if m.weights is not None:
+            for i, x in enumerate((weights, slopes)):
                 m.weights[self.own, i] = x
             plgpu.commit_smem()
-            left = [m.weights.at[self.own, i] for i in range(2)]
 
         def issue(dk, dv, dq):
-            for chunk, acc in enumerate(dv):
-                plgpu.wgmma(acc, left[0], m.do.tiles.at[slots.do, chunk])
+            of_dv, of_dk = self._left(weights, slopes, slots.ds)
+            for chunk, acc in zip(part.of_dv, dv, strict=True):
+                plgpu.wgmma(acc, of_dv, m.do.tiles.at[slots.do, within(chunk, m.do.of)])
             if wanted:
-                self._issue_query_gradients(dq, part, slots)
-            for chunk, acc in enumerate(dk):
-                plgpu.wgmma(acc, left[1], m.q.tiles.at[slots.q, chunk])
+                self._issue_query_gradients(dq, slots)
+            for chunk, acc in zip(part.of_dk, dk, strict=True):
+                plgpu.wgmma(acc, of_dk, m.q.tiles.at[slots.q, within(chunk, m.q.of)])
             plgpu.wgmma_wait(len(dq) + len(dk))
             plgpu.barrier_arrive(m.do_free.at[slots.do])
             values = [plgpu.wgmma_accumulator_load(x, wait_n=len(dk)) for x in dq]
@@ -356,13 +377,13 @@ class BackwardConsumer:
                 send([lax.optimization_barrier(x) for x in values])
 
         shape = (64, m.k.of.width)
-        if not self.interpreted:
+        if not m.interpreted:
             zero = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), _WGMMA)
             starts = (*sums, [zero] * count)
-            accs = [[plgpu.WGMMAAccumulatorRef.init(x) for x in part] for part in starts]
+            accs = [[plgpu.WGMMAAccumulatorRef.init(x) for x in values] for values in starts]
             dk, dv, _ = pl.run_state(lambda refs: issue(*refs))(accs)
             return tuple(dk), tuple(dv)
-        kinds = [[plgpu.WGMMAAccumulatorRef(x.shape) for x in part] for part in sums]
+        kinds = [[plgpu.WGMMAAccumulatorRef(x.shape) for x in values] for values in sums]
         kinds.append([plgpu.WGMMAAccumulatorRef(shape)] * count)
 
         def scoped(*accs):
@@ -380,110 +401,39 @@ class BackwardConsumer:
         m = self.memory
         wide = m.q.of.width // m.k.of.width
         for chunk in range(m.k.of.count):
-            k = m.k.tiles.at[slots.zero + chunk, self._keys]
+            k = m.k.tiles.at[slots.zero + chunk, self.part.keys]
             # A chunk of Q may hold several of K.
             of_q, at = divmod(chunk, wide)
             columns = pl.ds(at * m.k.of.width, m.k.of.width)
-            q = m.q.tiles.at[slots.q, of_q] if wide == 1 else m.q.tiles.at[slots.q, of_q, :, columns]
+            q = m.q.tiles.at[slots.q, of_q, self.part.queries, columns]
             plgpu.wgmma(acc, k, q.T)
 
     def _issue_weight_gradients(self, acc: Any, slots: Slots) -> None:
         m = self.memory
         for chunk in range(m.v.of.count):
-            v = m.v.tiles.at[slots.zero + chunk, self._keys]
-            plgpu.wgmma(acc, v, m.do.tiles.at[slots.do, chunk].T)
+            v = m.v.tiles.at[slots.zero + chunk, self.part.keys]
+            plgpu.wgmma(acc, v, m.do.tiles.at[slots.do, chunk, self.part.queries].T)
 
-    def _issue_query_gradients(self, accs: Any, part: Share, slots: Slots) -> None:
+    def _issue_query_gradients(self, accs: Any, slots: Slots) -> None:
         """This consumer's share of dS K."""
         m = self.memory
-        for acc, (group, chunk) in zip(accs, self._pieces(part), strict=True):
-            last = m.k.of.count - 1
-            chunk = chunk if isinstance(chunk, int) else jnp.minimum(chunk, last)
-            plgpu.wgmma(acc, m.ds.at[slots.ds, group].T, m.k.tiles.at[slots.zero + chunk])
-
-    def _pieces(self, part: Share) -> list[tuple[Any, Any]]:
-        """Row group and chunk of this consumer's parts of dQ."""
-        groups, chunks = range(part.groups), range(part.chunks)
-        if part.by_rows:
-            return [(self.own * part.groups + g, chunk) for g in groups for chunk in chunks]
-        return [(g, self.own * part.chunks + chunk) for g in groups for chunk in chunks]
+        for acc, (group, chunk) in zip(accs, self.part.of_dq, strict=True):
+            k = m.k.tiles.at[slots.zero + within(chunk, m.k.of)]
+            plgpu.wgmma(acc, m.ds.at[slots.ds, group].T, k)
 
     # Results.
 
-    def _send(self, values: Any, row: Any, start: Any) -> None:
-        """Adds this consumer's share of a block of dQ, whose first row is `start`."""
-        c, m = self.plan.config, self.memory
-        part, of = share(self.plan.problem, c), m.k.of
-        # TMA leaves out columns beyond the array; the interpreter does not.
-        guarded = self.interpreted and not part.by_rows and of.count % c.consumers != 0
-        pieces = len(values) * of.width // of.tile
-        slots = c.slots_dq if pieces % c.slots_dq == 0 else 1
-        into = self.arrays.dq.at[row] if self.interpreted else self.arrays.dq
-        how: Any = {} if self.interpreted else {"reduction_op": "add"}
-        sent = 0
-        for value, (group, chunk) in zip(values, self._pieces(part), strict=True):
-            for column in range(0, of.width, of.tile):
-                slot = sent % slots
-                plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
-                m.dq[self.own, slot] = value[:, column : column + of.tile]
-                plgpu.commit_smem()
-                rows, columns = start + group * 64, chunk * of.width + column
-                to = into.at[pl.ds(rows, 64), pl.ds(rows * 0 + columns, of.tile)]
-
-                def copy(slot=slot, to=to):
-                    plgpu.copy_smem_to_gmem(m.dq.at[self.own, slot], to, **how)
-
-                pl.when(chunk < of.count)(copy) if guarded else copy()
-                sent += 1
-
-    def _give_out(self, batch: Any, head: Any, first: Any, dk: Any, dv: Any) -> None:
-        """Writes dK and dV of this consumer's keys, by way of K and V; TMA leaves out what is beyond."""
-        p, c, m = self.plan.problem, self.plan.config, self.memory
-        # The others may still read K for dQ.
+    def _give_out(self, tile: Tile, dk: Any, dv: Any) -> None:
+        """Writes this consumer's part of dK and dV."""
+        p, m, part = self.plan.problem, self.memory, self.part
+        # The others may still read K and V.
         self._meet()
-        for chunk, x in enumerate(dv):
-            m.v.tiles[chunk, self._keys] = x.astype(p.dtype)
-        for chunk in range(m.k.of.count):
-            of_q, at = divmod(chunk * m.k.of.width, m.q.of.width)
-            x = dk[of_q] if m.k.of.width == m.q.of.width else dk[of_q][:, at : at + m.k.of.width]
-            m.k.tiles[chunk, self._keys] = (x * p.scale).astype(p.dtype)
+        write(m.v, part, part.of_dv, dv, p.dtype)
+        write(m.k, part, part.of_dk, [x * p.scale for x in dk], p.dtype)
         plgpu.commit_smem()
-        for buffer, ref in ((m.v, self.arrays.dv), (m.k, self.arrays.dk)):
-            to = _rows_of(p, ref, batch, head)
-            for chunk in range(buffer.of.count):
-                columns = pl.ds(first * 0 + chunk * buffer.of.width, buffer.of.width)
-                target = to.at[pl.ds(first, c.keys), columns]
-                plgpu.copy_smem_to_gmem(buffer.plain.at[chunk, self._keys], target)
+        of_dk = part.of_dk if self.plan.config.columns else list(range(m.k.of.count))
+        for buffer, ref, chunks in ((m.v, self.arrays.dv, part.of_dv), (m.k, self.arrays.dk, of_dk)):
+            to = _rows_of(p, ref, tile.place.batch, tile.place.head)
+            copy_out(buffer, part, chunks, to, tile.place.first)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         plgpu.barrier_arrive(m.kv_free)
-
-    # What is hidden and not finite.
-
-    def _repair_keys(self) -> None:
-        """Makes this consumer's keys finite; no visible one may be otherwise."""
-        m, c = self.memory, self.plan.config
-        for low in range(0, c.keys, 64):
-            rows = pl.ds(self.own * c.keys + low, 64)
-            for chunk in range(m.k.of.count):
-                part = load(m.k.tiles.at[chunk, rows], layout=_WGMMA)
-                finite = jnp.abs(part.astype(jnp.float32)) < jnp.inf
-                m.k.tiles[chunk, rows] = jnp.where(finite, part, jnp.zeros_like(part))
-        plgpu.commit_smem()
-
-    def _repair_queries(self, slots: Slots) -> None:
-        """Makes the rows of Q and dO of queries that see nothing 0, each consumer some of them."""
-        m, c = self.memory, self.plan.config
-        for group in range(c.block_q // 64):
-            rows = pl.ds(group * 64, 64)
-
-            def repair(rows=rows):
-                lse = load(m.statistics.at[slots.q, _LSE, rows], layout=ROWS)
-                for buffer, slot in ((m.q, slots.q), (m.do, slots.do)):
-                    for chunk in range(buffer.of.count):
-                        part = load(buffer.tiles.at[slot, chunk, rows], layout=_WGMMA)
-                        alive = across(lse, part.shape) < jnp.inf
-                        buffer.tiles[slot, chunk, rows] = jnp.where(alive, part, jnp.zeros_like(part))
-
-            pl.when(self.own == group % c.consumers)(repair)
-        plgpu.commit_smem()
-        self._meet()
