@@ -142,7 +142,7 @@ VARIANTS = {
     "one-slot": (128, dict(slots_ds=1, stages_do=1)),
     "early": (64, dict(early_lse=True)),
     "one-consumer": (64, dict(consumers=1, block_q=64)),
-    "small-pieces": (256, dict(piece=32, slots_dq=2, stages_do=2, slots_ds=1)),
+    "small-pieces": (256, dict(piece=32, stages_do=2, slots_ds=1)),
     "lane": (64, dict(lane=True)),
 }
 
