@@ -225,3 +225,19 @@ def test_is_within_its_budget_and_without_races(interpreted, name):
     for quantity, (error, budget) in interpreted[name]["verdicts"].items():
         assert error <= budget, quantity
     assert interpreted[name]["races"] is False
+
+
+def test_dq_has_room_for_the_share_of_every_consumer():
+    """A slice as wide as its array is taken for the whole, wherever it begins: dQ would count twice."""
+    problem, _ = described((2, 4, 200, 24), (2, 1, 333, 24), (2, 1, 333, 88))
+    if not NEW:
+        assert IMPLEMENTATION.refuses(problem, H200) == TOO_OLD
+        return
+    backward = importlib.import_module("flash_attention_jax._impl.hopper._backward")
+    blocks = importlib.import_module("flash_attention_jax._impl.hopper._backward_blocks")
+    config = configs.choose_backward_config(problem)
+    part, of = configs.share(problem, config), configs.layouts(problem, config).k
+    assert not part.by_rows
+    assert of.count % config.consumers
+    columns = backward._shape_of_dq(blocks.BackwardPlan(problem, config, 1), None)[1]
+    assert columns == config.consumers * part.chunks * of.width > of.columns

@@ -14,6 +14,7 @@ from flash_attention_jax._impl.hopper._backward_configs import (
     BackwardConfig,
     choose_backward_config,
     layouts,
+    share,
 )
 from flash_attention_jax._impl.hopper._backward_kernel import BackwardArrays, differentiate
 from flash_attention_jax._impl.hopper._backward_memory import BackwardMemory, scratch
@@ -108,7 +109,11 @@ def _statistics(plan: BackwardPlan, lse: Array, delta: Array) -> tuple[Array, Ar
 
 def _shape_of_dq(plan: BackwardPlan, interpret: Any) -> tuple[int, ...]:
     p = plan.problem
-    shape = (p.B * p.N * plan.length, layouts(p, plan.config).k.columns)
+    of, part = layouts(p, plan.config).k, share(p, plan.config)
+    # Where consumers divide the columns unevenly, the share of the last reaches beyond the end. A slice as
+    # wide as the array would be taken for the whole of it wherever it begins.
+    columns = of.columns if part.by_rows else of.width * part.chunks * plan.config.consumers
+    shape = (p.B * p.N * plan.length, columns)
     # The interpreter does not add: each tile has an array of its own.
     return shape if interpret is None else (plan.across.tiles_t, *shape)
 

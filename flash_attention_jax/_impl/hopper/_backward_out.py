@@ -29,8 +29,7 @@ def add_dq(
 
     Args:
         values: float32 (64, width) for each of `part.of_dq`.
-        to: float32 (rows, D') in device memory. TMA leaves out columns beyond the array; the interpreter
-            does not.
+        to: float32 (rows, D') in device memory, D' with room for the share of every consumer.
         start: the block's first row there.
     """
     m, c, of, width = memory, config, memory.k.of, memory.dq.shape[-1]
@@ -44,13 +43,9 @@ def add_dq(
             plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
             m.dq[own, slot] = value[:, column : column + width]
             plgpu.commit_smem()
-
-            def copy(slot=slot, rows=start + group * 64, first=chunk * of.width + column):
-                target = to.at[pl.ds(rows, 64), pl.ds(rows * 0 + first, width)]
-                plgpu.copy_smem_to_gmem(m.dq.at[own, slot], target, **how)
-
-            guarded = m.interpreted and not isinstance(chunk, int)
-            pl.when(chunk < of.count)(copy) if guarded else copy()
+            rows, first = start + group * 64, chunk * of.width + column
+            target = to.at[pl.ds(rows, 64), pl.ds(rows * 0 + first, width)]
+            plgpu.copy_smem_to_gmem(m.dq.at[own, slot], target, **how)
             sent += 1
 
 
