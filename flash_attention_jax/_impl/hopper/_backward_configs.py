@@ -133,7 +133,8 @@ def piece_of_dq(of_k: Chunks, config: BackwardConfig) -> int:
     return config.piece if of_k.width % config.piece == 0 else of_k.tile
 
 
-# Not measured yet: the sizes of FlashAttention-3 (arXiv 2407.08608). By padded max(D, Dv).
+# The sizes of FlashAttention-3 (arXiv 2407.08608) up to 128; `_backward_kernel` has the figures of others. By
+# padded max(D, Dv).
 _TABLE: tuple[tuple[int, BackwardConfig], ...] = (
     (64, BackwardConfig(block_q=128)),
     (128, BackwardConfig(block_q=64)),

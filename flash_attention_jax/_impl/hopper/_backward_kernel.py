@@ -30,7 +30,15 @@ memory once for each tile. The weights of hidden pairs are replaced, and gradien
 is 0. Queries that see no key stand in blocks that are visible in part: where there are such, their rows of Q
 and dO become 0 in shared memory. Rows beyond the last query have lse = inf.
 
-Nothing has been measured yet; what is tried and lost will stand here with its figures.
+Tried and lost: TFLOP/s of the backward pass alone, 2.5 times the forward's FLOPs, on an H100 (bfloat16, 16384
+tokens, 2048 wide, JAX 0.11.2), each beside this form in the same run, which varies by 3 % from run to run:
+
+    head dim 64 full       489     blocks of 64 queries 352, four heads side by side 460
+                                   all tiles beginning with the same queries 398
+    head dim 64 causal     457     a thread block for each tile 423, blocks of 64 queries 352
+    head dim 128 full      526     one slot for dS 505, 120 bytes of each thread spilled 494
+    head dim 128 causal    529     a thread block for each tile 516, two heads side by side 507
+    4 x 4096 of 128 full   497     all heads side by side 347
 """
 
 from __future__ import annotations
