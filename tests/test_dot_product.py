@@ -570,13 +570,13 @@ BAD = {
     "cudnn": (
         {"implementation": "cudnn"},
         ValueError,
-        "implementation must be None or one of 'xla', 'reference', 'hopper', 'cudnn' being jax.nn's alone, "
+        "implementation must be None or one of 'hopper', 'xla', 'reference', 'cudnn' being jax.nn's alone, "
         "got 'cudnn'",
     ),
     "implementation": (
         {"implementation": "fast"},
         ValueError,
-        "implementation must be None or one of 'xla', 'reference', 'hopper', got 'fast'",
+        "implementation must be None or one of 'hopper', 'xla', 'reference', got 'fast'",
     ),
 }
 

@@ -401,7 +401,7 @@ BAD = [
         for x in (3, True, ("high", "high"), np.float32, jax.lax.DotAlgorithmPreset.DEFAULT)
     ),
 ]
-IMPLEMENTATION = "None or one of 'xla', 'reference', 'hopper'"
+IMPLEMENTATION = "None or one of 'hopper', 'xla', 'reference'"
 ELSEWHERE = "it runs on CUDA devices of compute capability 9.0, not on cpu"
 BAD_IMPLEMENTATION = [
     *(
