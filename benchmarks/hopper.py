@@ -288,7 +288,7 @@ def work(todo: list[dict[str, Any]], threads: int) -> None:
                 f, shapes = export.call, export.in_avals
             return jax.jit(f).lower(*shapes).compile()
         except Exception as problem:
-            say(failed=job["id"], why=f"{type(problem).__name__}: {problem}"[:600], at="")
+            say(failed=job["id"], why=f"{type(problem).__name__}: {problem}"[:600])
             return None
 
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
@@ -306,7 +306,7 @@ def work(todo: list[dict[str, Any]], threads: int) -> None:
                 found.setdefault(number, []).append(measure(job, inputs_of(job), compiled[number]))
             except Exception as problem:
                 compiled[number] = None
-                say(failed=number, why=f"{type(problem).__name__}: {problem}"[:600], at="")
+                say(failed=number, why=f"{type(problem).__name__}: {problem}"[:600])
                 continue
             last = check or turn == ROUNDS - 1
             say(**{"done" if last else "pause": number}, result=middle(found[number]))
@@ -408,7 +408,7 @@ class Run:
             if event.get(name) in running:
                 running.remove(event[name])
         if "failed" in event:
-            self.finish(event["failed"], error=event["why"], at=event["at"])
+            self.finish(event["failed"], error=event["why"])
         if "done" in event:
             self.finish(event["done"], **event["result"])
 

@@ -206,18 +206,29 @@ def _replaced(items: Sequence[Any], indices: Sequence[int], new: Sequence[Any]) 
     return items
 
 
-def _jvp(primals, tangents, *, spec):
-    results = pair_sum(spec, primals)
+def jvp_of(sum_: Any, primals: Any, tangents: Any, spec: Any) -> tuple[Any, Any]:
+    """The jvp rule of a sum, here over blocks: the sum of its function's jvp.
+
+    Args:
+        sum_: computes (spec, operands); `spec` has `function`, `operands` and `results`.
+    """
+    results = sum_(spec, primals)
     moved = tuple(i for i, t in enumerate(tangents) if type(t) is not ad.Zero)
     derived = dataclasses.replace(
         spec,
         function=Jvp(spec.function, moved),
         operands=spec.operands + tuple(spec.operands[i] for i in moved),
     )
-    return results, pair_sum(derived, [*primals, *(tangents[i] for i in moved)])
+    return results, sum_(derived, [*primals, *(tangents[i] for i in moved)])
 
 
-def _transpose(cotangents, *operands, spec):
+def transpose_of(sum_: Any, transposed: Any, cotangents: Any, operands: Any, spec: Any) -> list[Any]:
+    """The transpose rule of a sum: cotangents join the operands, and linear operands are the results.
+
+    Args:
+        transposed: makes the block function, of (function, operands, indices of linear operands, indices of
+            results that have a cotangent).
+    """
     linear = tuple(i for i, x in enumerate(operands) if ad.is_undefined_primal(x))
     given = tuple(i for i, c in enumerate(cotangents) if type(c) is not ad.Zero)
     known = [i for i in range(len(operands)) if i not in linear]
@@ -225,13 +236,21 @@ def _transpose(cotangents, *operands, spec):
     if given:
         derived = dataclasses.replace(
             spec,
-            function=Transpose(spec.function, spec.operands, linear, given),
+            function=transposed(spec.function, spec.operands, linear, given),
             operands=tuple(spec.operands[i] for i in known) + tuple(spec.results[i] for i in given),
             results=tuple(spec.operands[i] for i in linear),
         )
-        sums = pair_sum(derived, [operands[i] for i in known] + [cotangents[i] for i in given])
+        sums = sum_(derived, [operands[i] for i in known] + [cotangents[i] for i in given])
         results = _replaced(results, linear, sums)
     return results
+
+
+def _jvp(primals, tangents, *, spec):
+    return jvp_of(pair_sum, primals, tangents, spec)
+
+
+def _transpose(cotangents, *operands, spec):
+    return transpose_of(pair_sum, Transpose, cotangents, operands, spec)
 
 
 def _batch(operands, dims, *, spec):

@@ -5,17 +5,23 @@ On a JAX older than the kernel needs, every one of these asserts the refusal ins
 
 import dataclasses
 import importlib
-import json
-import os
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_hopper import BANDS, H200, HERE, LOWERED, NEW, TOO_OLD, described, refusal, struct
+from test_hopper import (
+    BANDS,
+    H200,
+    LOWERED,
+    NEW,
+    TOO_OLD,
+    assert_right_and_without_races,
+    described,
+    interpret,
+    struct,
+)
 
 from flash_attention_jax import Unsupported, flash_attention
 from flash_attention_jax._attend import Call, attend
@@ -205,26 +211,12 @@ INTERPRETED = [
 
 @pytest.fixture(scope="module")
 def interpreted():
-    """Errors, budgets and races by case."""
-    if not NEW:
-        return None
-    # XLA on the CPU has as many threads as this says.
-    environment = os.environ | {"NPROC": "16", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, str(HERE / "hopper_backward_interpreted.py"), *INTERPRETED]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout[done.stdout.index("{") :])
+    return interpret("hopper_backward_interpreted.py", INTERPRETED)
 
 
 @pytest.mark.parametrize("name", INTERPRETED)
 def test_is_within_its_budget_and_without_races(interpreted, name):
-    if interpreted is None:
-        assert refusal() == TOO_OLD
-        return
-    assert set(interpreted[name]["verdicts"]) == {"dq", "dk", "dv"}
-    for quantity, (error, budget) in interpreted[name]["verdicts"].items():
-        assert error <= budget, quantity
-    assert interpreted[name]["races"] is False
+    assert_right_and_without_races(interpreted, name, {"dq", "dk", "dv"})
 
 
 def test_dq_has_room_for_the_share_of_every_consumer():

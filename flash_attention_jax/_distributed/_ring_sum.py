@@ -27,7 +27,7 @@ from jax.interpreters import ad, batching, mlir
 
 from flash_attention_jax._distributed._circulation import Hop, circulate
 from flash_attention_jax._distributed._layout import Plan
-from flash_attention_jax._pair_sum import Jvp, Vmap
+from flash_attention_jax._pair_sum import Vmap, jvp_of, transpose_of
 from flash_attention_jax._varying import abstract, alike, struct
 
 Array = Any
@@ -125,32 +125,11 @@ def _run(*operands: Array, spec: RingSum) -> list[Array]:
 
 
 def _jvp(primals, tangents, *, spec):
-    results = ring_sum(spec, primals)
-    moved = tuple(i for i, t in enumerate(tangents) if type(t) is not ad.Zero)
-    derived = dataclasses.replace(
-        spec,
-        function=Jvp(spec.function, moved),
-        operands=spec.operands + tuple(spec.operands[i] for i in moved),
-    )
-    return results, ring_sum(derived, [*primals, *(tangents[i] for i in moved)])
+    return jvp_of(ring_sum, primals, tangents, spec)
 
 
 def _transpose(cotangents, *operands, spec):
-    linear = tuple(i for i, x in enumerate(operands) if ad.is_undefined_primal(x))
-    given = tuple(i for i, c in enumerate(cotangents) if type(c) is not ad.Zero)
-    known = [i for i in range(len(operands)) if i not in linear]
-    results: list[Any] = [None] * len(operands)
-    if given:
-        derived = dataclasses.replace(
-            spec,
-            function=Transpose(spec.function, spec.operands, linear, given),
-            operands=tuple(spec.operands[i] for i in known) + tuple(spec.results[i] for i in given),
-            results=tuple(spec.operands[i] for i in linear),
-        )
-        sums = ring_sum(derived, [operands[i] for i in known] + [cotangents[i] for i in given])
-        for i, x in zip(linear, sums, strict=True):
-            results[i] = x
-    return results
+    return transpose_of(ring_sum, Transpose, cotangents, operands, spec)
 
 
 def _batch(operands, dims, *, spec):

@@ -19,6 +19,7 @@ from flash_attention_jax._impl.hopper._backward_configs import (
 from flash_attention_jax._impl.hopper._backward_kernel import BackwardArrays, differentiate
 from flash_attention_jax._impl.hopper._backward_memory import BackwardMemory, scratch
 from flash_attention_jax._impl.hopper._blocks import Tables, multiprocessors
+from flash_attention_jax._impl.hopper._warpgroups import compiler_params
 from flash_attention_jax._problem import Operands, Problem
 
 Array = Any
@@ -80,7 +81,7 @@ def backward(
         grid_names=("block",),
         num_threads=config.threads,
         thread_name="warpgroup",
-        compiler_params=_compiler_params(config),
+        compiler_params=compiler_params(config.lane),
         kernel_name="flash_attention_hopper_backward",
         interpret=interpret,
     )(*inputs.values(), *read.values(), *([] if dq is None else [dq]))
@@ -126,14 +127,3 @@ def _finished(plan: BackwardPlan, sums: Array, interpret: Any) -> Array:
     sums = sums.reshape(p.B, p.N, plan.length, -1)[:, :, : p.T, : p.D]
     dq = (sums * p.scale).astype(p.dtype)
     return dq if p.order == "BNTD" else dq.swapaxes(1, 2)
-
-
-def _compiler_params(config: BackwardConfig) -> Any:
-    semantics = plgpu.LoweringSemantics
-    return plgpu.CompilerParams(
-        approx_math=True,
-        # The barriers in the kernel order all that needs order.
-        unsafe_no_auto_barriers=True,
-        reduction_scratch_bytes=0,
-        lowering_semantics=semantics.Lane if config.lane else semantics.Warpgroup,
-    )

@@ -8,14 +8,13 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from flash_attention_jax._impl.hopper._configs import SHARED_BYTES, Chunks, chunks, static_band
+from flash_attention_jax._impl.hopper._configs import Chunks, chunks, exceeded, static_band
 from flash_attention_jax._problem import Problem
 
 # `setmaxnreg` for consumers and producer, by the number of consumers; see `_configs.REGISTERS`.
 REGISTERS = {1: (240, 40), 2: (240, 24), 3: (160, 24)}
 # Of one consumer thread, beside accumulators: addresses, statistics, indices.
 _OTHER_REGISTERS = 40
-_LONGEST_BOX = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,15 +195,9 @@ def registers(problem: Problem, config: BackwardConfig) -> int:
 
 def too_large_backward(problem: Problem, config: BackwardConfig) -> str | None:
     """Why a multiprocessor cannot hold a thread block of these sizes, or None if it can."""
-    needed, most = shared_bytes(problem, config), SHARED_BYTES
-    if needed > most:
-        return f"tiles take {needed} bytes of shared memory, a thread block has {most}"
-    if max(config.tile_kv, config.block_q) > _LONGEST_BOX:
-        return f"TMA brings at most {_LONGEST_BOX} rows at once"
-    needed, most = registers(problem, config), REGISTERS[config.consumers][0]
-    if needed > most:
-        return f"tiles take {needed} registers of a thread, it has {most}"
-    return None
+    box = max(config.tile_kv, config.block_q)
+    most = REGISTERS[config.consumers][0]
+    return exceeded(shared_bytes(problem, config), box, registers(problem, config), most)
 
 
 def refuses_backward(problem: Problem) -> str | None:

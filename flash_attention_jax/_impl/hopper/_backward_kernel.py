@@ -59,17 +59,11 @@ from flash_attention_jax._impl.hopper._backward_out import add_dq, copy_out, wri
 from flash_attention_jax._impl.hopper._backward_parts import Part, within
 from flash_attention_jax._impl.hopper._backward_repair import repair_keys, repair_queries
 from flash_attention_jax._impl.hopper._blocks import COLUMNS, Tables, Visits, load, rem
+from flash_attention_jax._impl.hopper._warpgroups import divide, over_tiles, rows_of
 
 Array = Any
 _WGMMA = plgpu.Layout.WGMMA
 _LSE, _DELTA = 0, 1
-
-
-def _rows_of(problem: Any, ref: Any, batch: Any, head: Any) -> Any:
-    """The (length, dim) array of one head, where it lies."""
-    if problem.order == "BNTD":
-        return ref.at[batch, head]
-    return ref.at[batch, :, head]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,35 +93,18 @@ class BackwardArrays:
 
 def differentiate(plan: BackwardPlan, arrays: BackwardArrays, memory: BackwardMemory) -> None:
     """The body of the kernel, for every warpgroup."""
-    warpgroup = lax.axis_index("warpgroup")
+
+    def consume(own):
+        part = Part.of(plan.problem, plan.config, own)
+        BackwardConsumer(plan, arrays, memory, own, part).run()
+
     consumers = plan.config.consumers
-    for_consumers, for_producer = REGISTERS[consumers]
-
-    @pl.when(warpgroup < consumers)
-    def _():
-        if consumers > 1:
-            plgpu.set_max_registers(for_consumers, action="increase")
-        part = Part.of(plan.problem, plan.config, warpgroup)
-        BackwardConsumer(plan, arrays, memory, warpgroup, part).run()
-
-    @pl.when(warpgroup == consumers)
-    def _():
-        if consumers > 1:
-            plgpu.set_max_registers(for_producer, action="decrease")
-        produce(plan, arrays, memory)
+    divide(consumers, REGISTERS[consumers], consume, lambda: produce(plan, arrays, memory))
 
 
 def _over_tiles(plan: BackwardPlan, arrays: BackwardArrays, body: Any) -> None:
     """Calls body(batch, head, row, visits, steps before) for every tile of this thread block."""
-    block = lax.axis_index("block")
-
-    def tile(n, count):
-        batch, head, row = plan.across.tile(arrays.tables, block, n)
-        visits = plan.visits(arrays.tables, batch, row)
-        body(batch, head, row, visits, count)
-        return count + visits.seen * plan.problem.G
-
-    lax.fori_loop(jnp.int32(0), plan.across.rounds(arrays.tables, block), tile, jnp.int32(0))
+    over_tiles(plan.across, arrays.tables, plan.visits, plan.problem.G, body)
 
 
 def _over_steps(plan: BackwardPlan, visits: Visits, body: Any, carry: Any) -> Any:
@@ -147,8 +124,8 @@ def produce(plan: BackwardPlan, arrays: BackwardArrays, memory: BackwardMemory) 
     def tile(batch, head, row, visits, count):
         keys = pl.ds(row * c.tile_kv, c.tile_kv)
         plgpu.barrier_wait(m.kv_free)
-        m.k.fetch(_rows_of(p, arrays.k, batch, head), keys, m.k_full)
-        m.v.fetch(_rows_of(p, arrays.v, batch, head), keys, m.v_full)
+        m.k.fetch(rows_of(p, arrays.k, batch, head), keys, m.k_full)
+        m.v.fetch(rows_of(p, arrays.v, batch, head), keys, m.v_full)
 
         def bring(i, _, masked):
             of_group, block = plan.step(visits, i, masked)
@@ -156,12 +133,12 @@ def produce(plan: BackwardPlan, arrays: BackwardArrays, memory: BackwardMemory) 
             rows = pl.ds(block * c.block_q, c.block_q)
             slot = rem(count + i, c.stages_q)
             plgpu.barrier_wait(m.q_free.at[slot])
-            m.q.fetch(_rows_of(p, arrays.q, batch, n), rows, m.q_full.at[slot], slot)
+            m.q.fetch(rows_of(p, arrays.q, batch, n), rows, m.q_full.at[slot], slot)
             both = arrays.statistics.at[batch, n, :, rows]
             plgpu.copy_gmem_to_smem(both, m.statistics.at[slot], m.q_full.at[slot])
             slot = rem(count + i, c.stages_do)
             plgpu.barrier_wait(m.do_free.at[slot])
-            m.do.fetch(_rows_of(p, arrays.do, batch, n), rows, m.do_full.at[slot], slot)
+            m.do.fetch(rows_of(p, arrays.do, batch, n), rows, m.do_full.at[slot], slot)
 
         _over_steps(plan, visits, bring, None)
 
@@ -441,7 +418,7 @@ class BackwardConsumer:
         plgpu.commit_smem()
         of_dk = part.of_dk if self.plan.config.columns else list(range(m.k.of.count))
         for buffer, ref, chunks in ((m.v, self.arrays.dv, part.of_dv), (m.k, self.arrays.dk, of_dk)):
-            to = _rows_of(p, ref, tile.place.batch, tile.place.head)
+            to = rows_of(p, ref, tile.place.batch, tile.place.head)
             copy_out(buffer, part, chunks, to, tile.place.first)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         plgpu.barrier_arrive(m.kv_free)

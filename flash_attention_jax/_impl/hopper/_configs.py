@@ -181,12 +181,23 @@ def registers(problem: Problem, config: Config) -> int:
 
 def too_large(problem: Problem, config: Config) -> str | None:
     """Why a multiprocessor cannot hold a thread block of these sizes, or None if it can."""
-    needed, most = shared_bytes(problem, config), SHARED_BYTES
-    if needed > most:
-        return f"tiles take {needed} bytes of shared memory, a thread block has {most}"
-    if max(config.tile_q, config.block_kv) > _LONGEST_BOX:
+    box = max(config.tile_q, config.block_kv)
+    most = REGISTERS[config.consumers][0]
+    return exceeded(shared_bytes(problem, config), box, registers(problem, config), most)
+
+
+def exceeded(shared: int, box: int, needed: int, most: int) -> str | None:
+    """Which of the limits of a thread block is exceeded, or None.
+
+    Args:
+        shared: bytes of shared memory.
+        box: rows that TMA brings at once.
+        needed, most: registers of a thread.
+    """
+    if shared > SHARED_BYTES:
+        return f"tiles take {shared} bytes of shared memory, a thread block has {SHARED_BYTES}"
+    if box > _LONGEST_BOX:
         return f"TMA brings at most {_LONGEST_BOX} rows at once"
-    needed, most = registers(problem, config), REGISTERS[config.consumers][0]
     if needed > most:
         return f"tiles take {needed} registers of a thread, it has {most}"
     return None

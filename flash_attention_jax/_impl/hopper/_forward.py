@@ -14,6 +14,7 @@ from flash_attention_jax._impl.hopper._configs import Config, choose_config
 from flash_attention_jax._impl.hopper._kernel import Arrays, attend
 from flash_attention_jax._impl.hopper._memory import Memory, scratch
 from flash_attention_jax._impl.hopper._schedule import schedule
+from flash_attention_jax._impl.hopper._warpgroups import compiler_params
 from flash_attention_jax._problem import Operands, Problem
 
 
@@ -61,19 +62,8 @@ def forward(
         grid_names=("block",),
         num_threads=config.threads,
         thread_name="warpgroup",
-        compiler_params=_compiler_params(config),
+        compiler_params=compiler_params(config.lane),
         kernel_name="flash_attention_hopper_forward",
         interpret=interpret,
     )(*operands[:3], *(x for x in given if x is not None))
     return out, lse if length == p.T else lse[..., : p.T]
-
-
-def _compiler_params(config: Config) -> Any:
-    semantics = plgpu.LoweringSemantics
-    return plgpu.CompilerParams(
-        approx_math=True,
-        # The barriers in the kernel order all that needs order.
-        unsafe_no_auto_barriers=True,
-        reduction_scratch_bytes=0,
-        lowering_semantics=semantics.Lane if config.lane else semantics.Warpgroup,
-    )

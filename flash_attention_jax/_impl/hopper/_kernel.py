@@ -62,9 +62,10 @@ from flash_attention_jax._impl.hopper._blocks import (
 )
 from flash_attention_jax._impl.hopper._configs import REGISTERS
 from flash_attention_jax._impl.hopper._memory import Memory
-from flash_attention_jax._impl.hopper._results import finished, give_lse, give_rows, rows_of
+from flash_attention_jax._impl.hopper._results import finished, give_lse, give_rows
 from flash_attention_jax._impl.hopper._softmax import Statistics, across
 from flash_attention_jax._impl.hopper._values import check_values
+from flash_attention_jax._impl.hopper._warpgroups import divide, over_tiles, rows_of
 
 Array = Any
 _WGMMA = plgpu.Layout.WGMMA
@@ -84,34 +85,12 @@ class Arrays:
 
 def attend(plan: Plan, arrays: Arrays, memory: Memory) -> None:
     """The body of the kernel, for every warpgroup."""
-    warpgroup = lax.axis_index("warpgroup")
-    consumers = plan.config.consumers
-    for_consumers, for_producer = REGISTERS[consumers]
-
-    @pl.when(warpgroup < consumers)
-    def _():
-        if consumers > 1:
-            plgpu.set_max_registers(for_consumers, action="increase")
-        Consumer(plan, arrays, memory, warpgroup).run()
-
-    @pl.when(warpgroup == consumers)
-    def _():
-        if consumers > 1:
-            plgpu.set_max_registers(for_producer, action="decrease")
-        produce(plan, arrays, memory)
-
-
-def _over_tiles(plan: Plan, arrays: Arrays, body: Any) -> None:
-    """Calls body(batch, head, row, visits, blocks seen before) for every tile of this thread block."""
-    block = lax.axis_index("block")
-
-    def tile(n, count):
-        batch, head, row = plan.tile(arrays.tables, block, n)
-        visits = plan.visits(arrays.tables, batch, row)
-        body(batch, head, row, visits, count)
-        return count + visits.seen
-
-    lax.fori_loop(jnp.int32(0), plan.rounds(arrays.tables, block), tile, jnp.int32(0))
+    divide(
+        plan.config.consumers,
+        REGISTERS[plan.config.consumers],
+        lambda own: Consumer(plan, arrays, memory, own).run(),
+        lambda: produce(plan, arrays, memory),
+    )
 
 
 def produce(plan: Plan, arrays: Arrays, memory: Memory) -> None:
@@ -136,7 +115,7 @@ def produce(plan: Plan, arrays: Arrays, memory: Memory) -> None:
 
         lax.fori_loop(jnp.int32(0), visits.seen, bring, None)
 
-    _over_tiles(plan, arrays, tile)
+    over_tiles(plan, arrays.tables, plan.visits, 1, tile)
     # Nothing may be under way when the barriers go.
     plgpu.barrier_wait(memory.q_free)
     for slot in range(c.stages):
@@ -192,7 +171,7 @@ class Consumer:
             plgpu.barrier_arrive(m.v_free.at[slot])
         if c.pingpong and c.consumers > 1:
             pl.when(self.own == c.consumers - 1)(lambda: plgpu.barrier_arrive(m.turn.at[0]))
-        _over_tiles(self.plan, self.arrays, self._tile)
+        over_tiles(self.plan, self.arrays.tables, self.plan.visits, 1, self._tile)
         if c.pingpong and c.consumers > 1:
             pl.when(self.own == 0)(self._await_turn)
         plgpu.wait_smem_to_gmem(0)

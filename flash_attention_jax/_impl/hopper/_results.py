@@ -15,13 +15,6 @@ from flash_attention_jax._impl.hopper._softmax import Statistics, across
 from flash_attention_jax._problem import Problem
 
 
-def rows_of(problem: Problem, ref: Any, batch: Any, head: Any) -> Any:
-    """The (length, dim) array of one head, where it lies."""
-    if problem.order == "BNTD":
-        return ref.at[batch, head]
-    return ref.at[batch, :, head]
-
-
 def finished(problem: Problem, sums: Any, statistics: Statistics) -> tuple[list[Any], Any]:
     """The rows of out, chunk by chunk, and their lse."""
     factor, lse = _softmax.finish(statistics)

@@ -1,0 +1,77 @@
+"""What the kernels have in common: who does what, and which tiles a thread block takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from flash_attention_jax._impl.hopper._blocks import Plan, Tables, Visits
+from flash_attention_jax._problem import Problem
+
+
+def divide(
+    consumers: int, registers: tuple[int, int], consume: Callable[[Any], None], produce: Callable[[], None]
+) -> None:
+    """Calls consume(warpgroup) in the first `consumers` warpgroups and produce() in the one behind them.
+
+    Args:
+        registers: of a thread of a consumer and of the producer.
+    """
+    warpgroup = lax.axis_index("warpgroup")
+    for_consumers, for_producer = registers
+
+    @pl.when(warpgroup < consumers)
+    def _():
+        if consumers > 1:
+            plgpu.set_max_registers(for_consumers, action="increase")
+        consume(warpgroup)
+
+    @pl.when(warpgroup == consumers)
+    def _():
+        if consumers > 1:
+            plgpu.set_max_registers(for_producer, action="decrease")
+        produce()
+
+
+def over_tiles(
+    plan: Plan, tables: Tables, visits_of: Callable[[Tables, Any, Any], Visits], steps: int, body: Any
+) -> None:
+    """Calls body(batch, head, row, visits, steps before) for every tile of this thread block.
+
+    Args:
+        visits_of: the visits of a tile, of (tables, batch, row).
+        steps: of a visit.
+    """
+    block = lax.axis_index("block")
+
+    def tile(n, count):
+        batch, head, row = plan.tile(tables, block, n)
+        visits = visits_of(tables, batch, row)
+        body(batch, head, row, visits, count)
+        return count + visits.seen * steps
+
+    lax.fori_loop(jnp.int32(0), plan.rounds(tables, block), tile, jnp.int32(0))
+
+
+def rows_of(problem: Problem, ref: Any, batch: Any, head: Any) -> Any:
+    """The (length, dim) array of one head, where it lies."""
+    if problem.order == "BNTD":
+        return ref.at[batch, head]
+    return ref.at[batch, :, head]
+
+
+def compiler_params(lane: bool) -> Any:
+    """Of `plgpu.kernel`; `lane` is that of the configurations."""
+    semantics = plgpu.LoweringSemantics
+    return plgpu.CompilerParams(
+        approx_math=True,
+        # The barriers in the kernel order all that needs order.
+        unsafe_no_auto_barriers=True,
+        reduction_scratch_bytes=0,
+        lowering_semantics=semantics.Lane if lane else semantics.Warpgroup,
+    )
