@@ -422,7 +422,14 @@ def summary(results: list[dict[str, Any]]) -> None:
         own = [r for r in results if r["shape"] == name and r["kind"] == "time" and "tflops" in r]
         alone = [r for r in own if r.get("alone")]
         own = [r for r in own if not r.get("alone")]
+        forms = [r for r in own if r.get("form")]
+        own = [r for r in own if not r.get("form")]
         peer = [r["tflops"] for r in results if r["shape"] == name and r["kind"] == "cudnn" and "tflops" in r]
+        if forms:
+            beside = own[0]["tflops"] if own else float("nan")
+            print(
+                f"{name:16} deterministic {forms[0]['tflops']:.1f} ({forms[0]['tflops'] / beside:.3f} of the default)"
+            )
         if not own:
             print(f"{name:16} no figure")
             continue
@@ -445,13 +452,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=450, help="stop after this time")
     parser.add_argument("--patience", type=float, default=75, help="seconds without news that mean a hang")
     parser.add_argument("--backward", action="store_true", help="the backward kernel instead of the forward")
-    parser.add_argument("--only", default="", help="kinds of jobs or shapes, by comma; all by default")
+    parser.add_argument("--only", default="", help="kinds, shapes or forms of jobs, by comma; all by default")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker is None:
         only = set(filter(None, args.only.split(",")))
         todo = backward_jobs() if args.backward else jobs()
-        todo = [job for job in todo if not only or {job["kind"], job["shape"]} & only]
+        todo = [job for job in todo if not only or {job["kind"], job["shape"], job.get("form")} & only]
         run = Run(todo, args.out, args.seconds, args.patience)
         run.all()
         summary(run.results)

@@ -1,7 +1,8 @@
 """What `hopper.py` runs of the Hopper backward kernel: gradients against the oracle, and times.
 
 A check job compares dq, dk and dv, random cotangents of out and of lse, with float64. A time job runs forward
-and backward together, or with `alone` the backward kernel on what a forward pass left.
+and backward together, or with `alone` the backward kernel on what a forward pass left. The `form` of the
+backward pass is "fused", "deterministic", or one kernel of the latter: "dq", "dkv".
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def function(job: dict[str, Any], given: Any) -> Any:
 
     from flash_attention_jax._formulas import delta_of
     from flash_attention_jax._impl.base import Device
-    from flash_attention_jax._impl.hopper import _backward, _backward_configs, _forward
+    from flash_attention_jax._impl.hopper import _backward, _backward_configs, _dq, _dq_configs, _forward
     from flash_attention_jax._problem import Operands
 
     p = given.problem
@@ -50,14 +51,23 @@ def function(job: dict[str, Any], given: Any) -> Any:
             return jax.vjp(forward, q, k, v)[1](dout)
 
         return peer
-    chosen = _backward_configs.choose_backward_config(p)
-    if chosen is None:
-        raise ValueError(_backward_configs.refuses_backward(p))
-    config = dataclasses.replace(chosen, **job.get("change", {}))
-    reason = _backward_configs.too_large_backward(p, config)
-    if reason is not None and not job.get("change"):
+    reason = _backward_configs.refuses_backward(p)
+    if reason is not None:
         raise ValueError(reason)
     device = Device("cuda", jax.devices()[0].device_kind)
+
+    def backward(*given_arrays):
+        form, change = job.get("form", "fused"), job.get("change", {})
+        if form == "fused":
+            config = dataclasses.replace(_backward_configs.choose_backward_config(p), **change)
+            return _backward.backward(*given_arrays, NAMES, config=config)
+        results = []
+        if form in ("dq", "deterministic"):
+            config = dataclasses.replace(_dq_configs.choose_dq_config(p), **change)
+            results.append(_dq.query_gradient(*given_arrays, config=config))
+        if form in ("dkv", "deterministic"):
+            results += _backward.backward(*given_arrays, NAMES[1:])
+        return results
 
     def ours(*given_arrays):
         *operands, dout, dlse = given_arrays
@@ -65,14 +75,14 @@ def function(job: dict[str, Any], given: Any) -> Any:
         if job.get("alone"):
             # The right order of magnitude is enough for the time.
             lse = jnp.full((p.B, p.N, p.T), 10.0, jnp.float32) + 0 * dlse
-            return _backward.backward(p, operands, lse, dout, dlse, NAMES, config=config)
+            return backward(p, operands, lse, dout, dlse)
         out, lse = _forward.forward(p, operands, device)
         if job["kind"] == "time":
             dlse = jnp.zeros_like(dlse)
         delta = delta_of(p, out, dout, jnp.where(lse == -jnp.inf, 0, dlse))
         if job["kind"] == "check":
             operands, dout, delta = _with_dead_rows_of_nan(p, operands, lse, dout, delta)
-        return _backward.backward(p, operands, lse, dout, delta, NAMES, config=config)
+        return backward(p, operands, lse, dout, delta)
 
     return ours
 
@@ -88,9 +98,10 @@ def _with_dead_rows_of_nan(problem: Any, operands: Any, lse: Any, dout: Any, del
 
 
 def flops(given: Any, pairs: int, job: dict[str, Any]) -> float:
-    """3.5 times those of the forward pass, and 2.5 times for the backward pass alone."""
+    """3.5 times those of the forward pass, and for a backward pass alone half its products times them."""
     p = given.problem
-    return 2 * p.N * (p.D + p.Dv) * pairs * (2.5 if job.get("alone") else 3.5)
+    products = {"fused": 5, "deterministic": 5, "dq": 3, "dkv": 4}[job.get("form", "fused")]
+    return 2 * p.N * (p.D + p.Dv) * pairs * (products / 2 + (not job.get("alone")))
 
 
 def checked(given: Any, compiled: Any) -> dict[str, Any]:

@@ -119,6 +119,31 @@ BACKWARD_VARIANTS: dict[str, list[dict[str, Any]]] = {
     "512-causal": [{"persistent": False}],
     "d256-causal": [{"slots_dq": 2, "piece": 32}, {"stages_do": 2, "slots_ds": 1, "piece": 32}],
 }
+# The same for the kernel of dQ alone: fields of `DqConfig`.
+DQ_VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "d128": [
+        {"block_kv": 64},
+        {"block_kv": 64, "consumers": 3},
+        {"block_kv": 64, "stages_k": 3, "stages_v": 3},
+    ],
+    "d128-causal": [{"block_kv": 64}, {"block_kv": 64, "consumers": 3}],
+    "d64": [{"block_kv": 64, "consumers": 3}, {"stages_k": 3, "stages_v": 3}],
+    "d64-causal": [{"block_kv": 64, "consumers": 3}],
+    "d256": [],
+    "d256-causal": [],
+}
+_DQ_CHECKS = (
+    "d64",
+    "d128",
+    "d256",
+    "d80",
+    "dv-odd",
+    "window",
+    "offsets",
+    "everything",
+    "hidden-nan",
+    "one-query",
+)
 _BACKWARD_SHAPES = (
     "d128",
     "d128-causal",
@@ -168,4 +193,9 @@ def backward_jobs() -> list[dict[str, Any]]:
     result += tuned[len(tuned) // 2 :]
     result += [check(name, "float16") for name in ("d128", "d80", "everything")]
     result += [check(name) for name in names if name in others]
+    result += [check(name) | {"form": "deterministic"} for name in _DQ_CHECKS]
+    result += [time(name, form="deterministic") for name in (*important, *rest)]
+    for name, changes in DQ_VARIANTS.items():
+        result += [time(name, alone=True, form="dkv"), time(name, alone=True, form="dq")]
+        result += [time(name, x, alone=True, form="dq") for x in changes]
     return [{"id": i, **x} for i, x in enumerate(result)]

@@ -58,6 +58,7 @@ def flash_attention(
     scale: float | Float[Array, ""] | None = None,
     softcap: float | None = None,
     precision: str | jax.lax.Precision | None = None,
+    deterministic: bool = False,
     implementation: str | None = None,
 ) -> AttentionOutput:
     """Exact softmax attention that never stores the T x S matrix.
@@ -108,6 +109,10 @@ def flash_attention(
         softcap: c from 1e-30 to 1e30 makes softcap(x) = c * tanh(x / c); None is the identity.
         precision: of float32 matrix products: "highest" (also None) is true float32 on every
             device, "high" and "default" let a backend use faster approximate modes (TF32, say).
+        deterministic: whether gradients must have the same bits on every run. By default "hopper" adds
+            the contributions to the gradient of q in the order in which they come, so that its rounding
+            differs from run to run; every other result, and every one of the other implementations,
+            has the same bits anyway. True takes a second kernel there, and up to a third more time.
         implementation: a name from `explain`, or None for the best that takes the problem, chosen
             when the computation is lowered, for the platform it is lowered for.
 
@@ -131,6 +136,7 @@ def flash_attention(
         scale=scale,
         softcap=softcap,
         precision=precision,
+        deterministic=deterministic,
     )
 
 

@@ -49,6 +49,7 @@ def normalize(
     scale: Any = None,
     softcap: Any = None,
     precision: Any = None,
+    deterministic: bool = False,
     order: Order = "BNTD",
     abstract: bool = False,
     names: Mapping[str, str] = MappingProxyType({}),
@@ -81,8 +82,9 @@ def normalize(
     for name, x in ((shown.k, ops.k), (shown.v, ops.v)):
         if x.dtype != ops.q.dtype:
             fail(name, f"of {shown.q}'s dtype {ops.q.dtype}", x.dtype, TypeError)
-    if not isinstance(causal, bool | np.bool_):
-        fail(shown.causal, "True or False", repr(causal), TypeError)
+    for name, flag in ((shown.causal, causal), ("deterministic", deterministic)):
+        if not isinstance(flag, bool | np.bool_):
+            fail(name, "True or False", repr(flag), TypeError)
     left, right = _window(window, shown.window)
     if causal:
         right = 0 if right is None else min(right, 0)
@@ -107,6 +109,7 @@ def normalize(
         key_mask=None if ops.key_mask is None else _vector_shape("key_mask", ops.key_mask, batch, sizes["S"]),
         segments=segments,
         offsets=offsets if (left, right) != (None, None) else None,
+        deterministic=bool(deterministic),
     )
     if problem.offsets is None:
         ops = ops._replace(q_offset=None)

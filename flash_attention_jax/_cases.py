@@ -178,6 +178,7 @@ CASES: tuple[Case, ...] = (
             _case(f"{dtype}", _Q, _K, _V, dtype=dtype),
             _case(f"{dtype}-causal-bias", _Q, _K, _V, dtype=dtype, causal=True, bias=(2, 6, 37, 53)),
             _case(f"{dtype}-long", *_LONG, dtype=dtype, causal=True),
+            _case(f"{dtype}-deterministic", _Q, _K, _V, dtype=dtype, window=(20, 3), deterministic=True),
         )
     ),
 )

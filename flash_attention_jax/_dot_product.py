@@ -34,6 +34,7 @@ def dot_product_attention(
     return_residual: Literal[False] = False,
     softcap: float | None = None,
     precision: str | jax.lax.Precision | None = None,
+    deterministic: bool = False,
 ) -> Float[Array, "*B T N Dv"]: ...
 
 
@@ -54,6 +55,7 @@ def dot_product_attention(
     return_residual: Literal[True],
     softcap: float | None = None,
     precision: str | jax.lax.Precision | None = None,
+    deterministic: bool = False,
 ) -> tuple[Float[Array, "*B T N Dv"], Float[Array, "*B T N"]]: ...
 
 
@@ -73,6 +75,7 @@ def dot_product_attention(
     return_residual: bool = False,
     softcap: float | None = None,
     precision: str | jax.lax.Precision | None = None,
+    deterministic: bool = False,
 ) -> Float[Array, "*B T N Dv"] | tuple[Float[Array, "*B T N Dv"], Float[Array, "*B T N"]]:
     """`jax.nn.dot_product_attention`, argument for argument, without the T x S matrix.
 
@@ -82,7 +85,7 @@ def dot_product_attention(
     - A query that sees no key gets 0, a residual of -inf and zero gradients. `jax.nn` gives it the
       mean of `value` and a residual near -2.4e38. (Past `query_seq_lengths` both give 0.)
     - Gradients flow through the residual, which `jax.nn` stops.
-    - `value` may have a head dim of its own; `softcap` and `precision` are ours.
+    - `value` may have a head dim of its own; `softcap`, `precision` and `deterministic` are ours.
     - `implementation` names ours. `jax.nn`'s "cudnn" is refused, and "xla" is a blocked one.
     - What `jax.nn` converts is an error: an integer `bias`, a negative window, NumPy's float64
       without `jax_enable_x64`.
@@ -105,6 +108,7 @@ def dot_product_attention(
         return_residual: whether to return the log of the sum of exponentials as well.
         softcap: c makes the logits c * tanh(logits / c) before `bias` is added.
         precision: of float32 matrix products: "highest" (also None), "high" or "default".
+        deterministic: as for `flash_attention`.
 
     Returns:
         out (B, T, N, Dv) or (T, N, Dv), in query's dtype. With `return_residual` the pair
@@ -134,6 +138,7 @@ def dot_product_attention(
         scale=scale,
         softcap=softcap,
         precision=precision,
+        deterministic=deterministic,
         implementation=implementation,
     )
     out = out.reshape(*stats_shape, out.shape[-1])

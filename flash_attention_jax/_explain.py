@@ -59,6 +59,7 @@ def explain(
     scale: Any = None,
     softcap: float | None = None,
     precision: Any = None,
+    deterministic: bool = False,
     platform: str | None = None,
 ) -> Explanation:
     """What each implementation says of a call of `flash_attention`, and which is chosen.
@@ -86,6 +87,7 @@ def explain(
         scale=scale,
         softcap=softcap,
         precision=precision,
+        deterministic=deterministic,
         abstract=True,
     )
     device = device_of(platform or _default_platform())

@@ -32,6 +32,7 @@ class Problem:
         key_mask: canonical shape (1|B, S).
         segments: canonical shapes (1|B, T) and (1|B, S).
         offsets: canonical shape (1|B,) of `q_offset` when it is an array.
+        deterministic: whether gradients must have the same bits on every run.
     """
 
     B: int
@@ -55,6 +56,7 @@ class Problem:
     key_mask: tuple[int, int] | None = None
     segments: tuple[tuple[int, int], tuple[int, int]] | None = None
     offsets: tuple[int] | None = None
+    deterministic: bool = False
 
     @property
     def G(self) -> int:

@@ -42,6 +42,7 @@ def ring_attention(
     scale: Any = None,
     softcap: float | None = None,
     precision: Any = None,
+    deterministic: bool = False,
     implementation: str | None = None,
     axis_name: str = "x",
     mesh: Any = None,
@@ -77,8 +78,8 @@ def ring_attention(
         mask: bool, divided as `bias` is.
         segment_ids: integers (*batch, T), or a pair of (*batch, T) and (*batch, S), divided alike.
         causal, window, q_offset: of positions in the whole sequence. `q_offset` defaults to S - T.
-        scale, softcap, precision, implementation: as for `flash_attention`. "reference" cannot run in a
-            ring.
+        scale, softcap, precision, deterministic, implementation: as for `flash_attention`. "reference"
+            cannot run in a ring.
         axis_name: the mesh axis over which the sequence is divided.
         mesh: the mesh, where the call is outside `jax.shard_map`.
         spec: with `mesh`, how q's axes are divided, k's and v's alike, such as
@@ -101,7 +102,9 @@ def ring_attention(
         >>> mesh = jax.make_mesh((8,), ("x",))
         >>> out, lse = ring_attention(q, k, v, causal=True, mesh=mesh)
     """
-    options = Options(causal, window, None, softcap, precision, implementation, axis_name, strategy, layout)
+    options = Options(
+        causal, window, None, softcap, precision, deterministic, implementation, axis_name, strategy, layout
+    )
     operands = Operands(q, k, v, bias, mask, key_mask, q_offset=q_offset)
     if mesh is not None:
         return AttentionOutput(*on_mesh(options, mesh, spec, operands, segment_ids, scale))
@@ -126,6 +129,7 @@ def explain(
     scale: Any = None,
     softcap: float | None = None,
     precision: Any = None,
+    deterministic: bool = False,
     implementation: str | None = None,
     layout: str = "contiguous",
 ) -> Choice:
@@ -146,7 +150,9 @@ def explain(
         fail(
             "devices", "a positive int", repr(devices), ValueError if isinstance(devices, int) else TypeError
         )
-    options = Options(causal, window, None, softcap, precision, implementation, "x", None, layout)
+    options = Options(
+        causal, window, None, softcap, precision, deterministic, implementation, "x", None, layout
+    )
     options.check()
     operands = Operands(q, k, v, bias, mask, key_mask, q_offset=q_offset)
     plan, whole, _, _ = describe(options, devices, operands, segment_ids, scale, abstract=True)

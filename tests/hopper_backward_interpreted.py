@@ -15,9 +15,11 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
 from flash_attention_jax._arguments import normalize
 from flash_attention_jax._formulas import delta_of
-from flash_attention_jax._impl.hopper import _backward
+from flash_attention_jax._impl.hopper import _backward, _dq
 from flash_attention_jax._impl.hopper._backward_blocks import BackwardPlan
 from flash_attention_jax._impl.hopper._backward_configs import BackwardConfig
+from flash_attention_jax._impl.hopper._blocks import Plan
+from flash_attention_jax._impl.hopper._dq_configs import choose_dq_config
 from flash_attention_jax._impl.reference import dense
 from flash_attention_jax._problem import Operands, arrange
 from flash_attention_jax.testing import _cotangents, error, exact, plain_errors
@@ -93,12 +95,24 @@ def judged(case, config):
         blocks=-(-tiles // 2) if config.persistent else None,
         interpret=plgpu.InterpretGPUParams(detect_races=True),
     )
+    of_dq = choose_dq_config(problem)
+    tiles = Plan(problem, of_dq, 1).tiles
+    alone = _dq.query_gradient(
+        problem,
+        operands,
+        lse,
+        dout,
+        delta,
+        blocks=-(-tiles // 2) if of_dq.persistent else None,
+        interpret=plgpu.InterpretGPUParams(detect_races=True),
+    )
     truth, verdicts = exact(case), {}
-    for name, x in zip((f"d{n}" for n in names), actual, strict=True):
+    for label, x in (*zip((f"d{n}" for n in names), actual, strict=True), ("dq alone", alone)):
+        name = label.split()[0]
         largest = np.abs(truth[name]).max()
         budget = 2 * plain_errors(case)[name] + float(jnp.finfo(case.dtype).eps) * largest
         found = error(np.asarray(x, np.float64).reshape(truth[name].shape), truth[name])
-        verdicts[name] = [found, budget]
+        verdicts[label] = [found, budget]
     return {"verdicts": verdicts, "races": gpu_callbacks.get_races().races_found}
 
 

@@ -53,6 +53,18 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="PATTERN",
         help=f"only the cases whose name contains PATTERN (of {len(CASES)})",
     )
+    parser.add_argument(
+        "--dtype",
+        choices=("float16", "bfloat16", "float32", "float64"),
+        help="all cases in this dtype: those of float32 are turned into it, those of others left out",
+    )
+    parser.add_argument(
+        "--part",
+        type=_part,
+        default=(1, 1),
+        metavar="I/N",
+        help="only every Nth case, beginning with the Ith: N processes share the table",
+    )
     parser.add_argument("--implementation", choices=tuple(IMPLEMENTATIONS), help="only this one")
     parser.add_argument("--json", action="store_true", help="print all verdicts as JSON")
     parser.set_defaults(run=run)
@@ -61,7 +73,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Runs the command; the exit status is 1 where a result is over its budget."""
     names = tuple(IMPLEMENTATIONS) if args.implementation is None else (args.implementation,)
-    outcomes = list(_outcomes(args.cases, names))
+    part, parts = args.part
+    cases = args.cases if args.dtype is None else _in_dtype(args.cases, args.dtype)
+    outcomes = list(_outcomes(cases[part - 1 :: parts], names))
     passed = not any(o.failures for o in outcomes)
     if args.json:
         print(json.dumps(_document(outcomes, passed), indent=2, allow_nan=False))
@@ -189,6 +203,21 @@ def _table(*names: str, title: str | None = None) -> Table:
     for name in names:
         table.add_column(name, no_wrap=True)
     return table
+
+
+def _in_dtype(cases: Sequence[Case], dtype: str) -> tuple[Case, ...]:
+    """The cases of a dtype and those of float32, all in that dtype."""
+    return tuple(dataclasses.replace(c, dtype=dtype) for c in cases if c.dtype in ("float32", dtype))
+
+
+def _part(text: str) -> tuple[int, int]:
+    try:
+        part, parts = map(int, text.split("/"))
+    except ValueError:
+        part, parts = 0, 0
+    if not 1 <= part <= parts:
+        raise argparse.ArgumentTypeError(f"must be I/N with 1 <= I <= N, got {text!r}")
+    return part, parts
 
 
 def _cases(pattern: str) -> tuple[Case, ...]:

@@ -30,6 +30,7 @@ class Options:
     scale: Any = None
     softcap: Any = None
     precision: Any = None
+    deterministic: Any = False
     implementation: Any = None
     axis_name: Any = "x"
     strategy: Any = None
@@ -37,7 +38,8 @@ class Options:
 
     def of_problem(self) -> dict[str, Any]:
         """Those of `normalize`, without the scale."""
-        return {name: getattr(self, name) for name in ("causal", "window", "softcap", "precision")}
+        names = ("causal", "window", "softcap", "precision", "deterministic")
+        return {name: getattr(self, name) for name in names}
 
     def check(self) -> None:
         """Rejects what no problem is needed to judge."""

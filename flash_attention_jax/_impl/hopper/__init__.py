@@ -24,12 +24,21 @@ def forward(problem: Problem, operands: Operands, device: Device) -> tuple[Any, 
 def backward(
     problem: Problem, operands: Operands, lse: Any, dout: Any, delta: Any, wrt: tuple[str, ...]
 ) -> list[Any]:
-    """See `base.Backward`. Sizes that `refuses_backward` names are computed by `_formulas`."""
+    """See `base.Backward`. Sizes that `refuses_backward` names are computed by `_formulas`.
+
+    One kernel computes all gradients, in which those of q are added up in any order. Where their bits must be
+    the same on every run, or nothing else is wanted, they have a kernel of their own.
+    """
     if refuses_backward(problem) is not None:
         return _formulas.backward(problem, operands, lse, dout, delta, wrt)
-    from flash_attention_jax._impl.hopper import _backward
+    from flash_attention_jax._impl.hopper import _backward, _dq
 
-    return _backward.backward(problem, operands, lse, dout, delta, wrt)
+    given = problem, operands, lse, dout, delta
+    if wrt != ("q",) and not (problem.deterministic and "q" in wrt):
+        return _backward.backward(*given, wrt)
+    others = tuple(name for name in wrt if name != "q")
+    rest = _backward.backward(*given, others) if others else []
+    return [_dq.query_gradient(*given), *rest]
 
 
 IMPLEMENTATION = Implementation(

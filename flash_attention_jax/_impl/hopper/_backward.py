@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
@@ -19,11 +18,11 @@ from flash_attention_jax._impl.hopper._backward_configs import (
 from flash_attention_jax._impl.hopper._backward_kernel import BackwardArrays, differentiate
 from flash_attention_jax._impl.hopper._backward_memory import BackwardMemory, scratch
 from flash_attention_jax._impl.hopper._blocks import Tables, multiprocessors
+from flash_attention_jax._impl.hopper._statistics import statistics
 from flash_attention_jax._impl.hopper._warpgroups import compiler_params
 from flash_attention_jax._problem import Operands, Problem
 
 Array = Any
-_LOG2E = math.log2(math.e)
 
 
 def backward(
@@ -54,9 +53,10 @@ def backward(
     if blocks is None:
         blocks = min(tiles, multiprocessors()) if config.persistent else tiles
     plan = BackwardPlan(p, config, blocks)
-    statistics, dead = _statistics(plan, lse, delta)
+    dead = _dead_blocks(plan, lse)
     given = tables(plan, operands)
-    inputs = {"q": operands.q, "k": operands.k, "v": operands.v, "do": dout, "statistics": statistics}
+    inputs = {"q": operands.q, "k": operands.k, "v": operands.v, "do": dout}
+    inputs["statistics"] = statistics(lse, delta, plan.length)
     if dead is not None:
         inputs["dead"] = dead
     dq = None
@@ -91,21 +91,13 @@ def backward(
     return [gradients[name] for name in wrt]
 
 
-def _statistics(plan: BackwardPlan, lse: Array, delta: Array) -> tuple[Array, Array | None]:
-    """What `BackwardArrays` calls `statistics` and `dead`."""
+def _dead_blocks(plan: BackwardPlan, lse: Array) -> Array | None:
+    """What `BackwardArrays` calls `dead`."""
     p, c = plan.problem, plan.config
-    room = plan.length - p.T
-    dead = lse == -jnp.inf
-    scaled = jnp.where(dead, jnp.inf, lse * _LOG2E)
-    negative = jnp.where(dead, 0, -delta)
-    padding = ((0, 0), (0, 0), (0, room))
-    both = jnp.stack(
-        [jnp.pad(scaled, padding, constant_values=jnp.inf), jnp.pad(negative, padding)], axis=2
-    ).astype(jnp.float32)
     if not p.masked:
-        return both, None
-    of_blocks = jnp.pad(dead, padding).reshape(p.B, p.N, -1, c.block_q)
-    return both, of_blocks.any(-1).astype(jnp.int32)
+        return None
+    dead = jnp.pad(lse == -jnp.inf, ((0, 0), (0, 0), (0, plan.length - p.T)))
+    return dead.reshape(p.B, p.N, -1, c.block_q).any(-1).astype(jnp.int32)
 
 
 def _shape_of_dq(plan: BackwardPlan, interpret: Any) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from jax import lax
 from flash_attention_jax._impl.hopper import _blocks
 from flash_attention_jax._impl.hopper._backward_configs import BackwardConfig
 from flash_attention_jax._impl.hopper._blocks import COLUMNS, ROWS, Plan, Tables, Visits, load, shared
-from flash_attention_jax._impl.hopper._configs import Config
+from flash_attention_jax._impl.hopper._configs import Tiling
 from flash_attention_jax._impl.hopper._schedule import schedule
 from flash_attention_jax._mask import Masks, block_map
 from flash_attention_jax._problem import Operands, Problem
@@ -54,7 +54,7 @@ class BackwardPlan:
                 right=p.left,
                 q_offset=-(p.q_offset or 0),
             ),
-            Config(
+            Tiling(
                 block_q=c.tile_kv,
                 block_kv=c.block_q,
                 consumers=1,
@@ -117,7 +117,7 @@ def tables(plan: BackwardPlan, operands: Operands) -> Tables:
     if p.key_mask is not None or p.segments is not None:
         counts, visits = _visits(p, operands, c)
     # Of the operands in the shapes that the forward kernel gives them only the padding differs.
-    sizes = Config(block_q=c.block_q, block_kv=c.tile_kv, consumers=1)
+    sizes = Tiling(block_q=c.block_q, block_kv=c.tile_kv, consumers=1)
     given = _blocks.tables(dataclasses.replace(p, key_mask=None, segments=None), operands, sizes)
     offsets = None if given.offsets is None else -given.offsets
     made = schedule(plan.across)

@@ -51,7 +51,6 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from flash_attention_jax._impl.hopper import _softmax
 from flash_attention_jax._impl.hopper._backward_blocks import BackwardPlan, KeyPlace, seen_by_block
 from flash_attention_jax._impl.hopper._backward_configs import REGISTERS
 from flash_attention_jax._impl.hopper._backward_memory import BackwardMemory
@@ -59,6 +58,7 @@ from flash_attention_jax._impl.hopper._backward_out import add_dq, copy_out, wri
 from flash_attention_jax._impl.hopper._backward_parts import Part, within
 from flash_attention_jax._impl.hopper._backward_repair import repair_keys, repair_queries
 from flash_attention_jax._impl.hopper._blocks import COLUMNS, Tables, Visits, load, rem
+from flash_attention_jax._impl.hopper._slopes import Block, weights_and_slopes
 from flash_attention_jax._impl.hopper._warpgroups import divide, over_tiles, rows_of
 
 Array = Any
@@ -256,60 +256,24 @@ class BackwardConsumer:
 
     def _weights_and_slopes(self, slots: Slots, seen: Any) -> tuple[Array, Array]:
         """P^T and dS^T in 16 bits; seen() says what is visible, and is None where everything is."""
-        p, c, m = self.plan.problem, self.plan.config, self.memory
+        c, m = self.plan.config, self.memory
         shape = (c.keys, c.queries)
 
         def statistic(i):
             values = load(m.statistics.at[slots.q, i, self.part.queries], layout=COLUMNS)
             return lax.broadcast_in_dim(values, shape, [1])
 
-        def issue(products, gradients):
-            self._issue_logits(products, slots)
-            self._issue_weight_gradients(gradients, slots)
-            early = statistic(_LSE) if c.early_lse else None
-            x = plgpu.wgmma_accumulator_load(products, wait_n=m.v.of.count)
-            # Nothing of the softmax may move before the wait, which the compiler cannot tell.
-            x = lax.optimization_barrier(x)
-            return self._softmax(x, statistic(_LSE) if early is None else early, seen)
-
-        delta = statistic(_DELTA)
-        if m.interpreted:
-
-            def scoped(products, gradients):
-                return issue(products, gradients), gradients[...]
-
-            acc = plgpu.WGMMAAccumulatorRef(shape)
-            found, gradients = pl.run_scoped(scoped, acc, acc)
-            # The interpreter's accumulators start at 0.
-            gradients = gradients + delta
-        else:
-
-            def stateful(refs):
-                products, gradients, results = refs
-                for ref, x in zip(results, issue(products, gradients), strict=True):
-                    ref[...] = x
-
-            zero = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), _WGMMA)
-            starts = (zero, plgpu.layout_cast(delta, _WGMMA))
-            accs = (plgpu.WGMMAAccumulatorRef.init(x) for x in starts)
-            results = [zero] if p.softcap is None else [zero, zero.astype(p.dtype)]
-            _, gradients, found = pl.run_state(stateful)((*accs, results))
-        slope, weights = (*found, found[0])[:2]
-        slopes = slope * gradients
-        if seen is not None:
-            slopes = jnp.where(slope == 0, 0.0, slopes)
-        return weights.astype(p.dtype), slopes.astype(p.dtype)
-
-    def _softmax(self, x: Array, lse: Array, seen: Any) -> list[Array]:
-        """P^T times the slope of the softcap, float32; where there is one, P^T in 16 bits too."""
-        p = self.plan.problem
-        x, factor = _softmax.logits(p, x)
-        weights = jnp.exp2(x * factor - lse)
-        slope = weights if p.softcap is None else weights * (1 - x * x)
-        if seen is not None:
-            kept = seen()
-            weights, slope = (jnp.where(kept, y, 0.0) for y in (weights, slope))
-        return [slope] if p.softcap is None else [slope, weights.astype(p.dtype)]
+        block = Block(
+            shape,
+            lambda acc: self._issue_logits(acc, slots),
+            lambda acc: self._issue_weight_gradients(acc, slots),
+            m.v.of.count,
+            lse=lambda: statistic(_LSE),
+            early_lse=c.early_lse,
+            delta=statistic(_DELTA),
+            seen=seen,
+        )
+        return weights_and_slopes(self.plan.problem, block, interpreted=m.interpreted)
 
     def _share(self, weights: Array, slopes: Array, slot: Any) -> None:
         """Writes this consumer's part of dS^T, and of P^T, for the others, and waits for theirs."""

@@ -9,7 +9,7 @@ those that are visible whole holds no code for masks and never asks which block 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.experimental.pallas as pl
@@ -17,11 +17,12 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from flash_attention_jax._impl.hopper._configs import Config
+from flash_attention_jax._impl.hopper._configs import Tiling
 from flash_attention_jax._mask import Cover, Masks, block_map
 from flash_attention_jax._problem import Operands, Problem
 
 Array = Any
+Sizes = TypeVar("Sizes", bound=Tiling)
 ROWS = plgpu.Layout.WGMMA.reduce(1)
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 # Untyped, since older versions have other parameters.
@@ -66,7 +67,7 @@ class Tables(NamedTuple):
     schedule: Array = None
 
 
-def tables(problem: Problem, operands: Operands, config: Config, schedule: Array = None) -> Tables:
+def tables(problem: Problem, operands: Operands, config: Tiling, schedule: Array = None) -> Tables:
     """What the kernel reads, made from canonical operands by XLA."""
     p, c = problem, config
     counts = visits = None
@@ -85,7 +86,7 @@ def tables(problem: Problem, operands: Operands, config: Config, schedule: Array
     )
 
 
-def _visits(problem: Problem, operands: Operands, config: Config) -> tuple[Array, Array]:
+def _visits(problem: Problem, operands: Operands, config: Tiling) -> tuple[Array, Array]:
     cover = block_map(problem, Masks.of(problem, operands), config.tile_q, config.block_kv)
     if problem.S % config.block_kv:
         # What is beyond the end must be hidden in the last block.
@@ -143,7 +144,7 @@ class Visits(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Plan(Generic[Sizes]):
     """Tiles and their visits, as seen from inside the kernel.
 
     Attributes:
@@ -151,7 +152,7 @@ class Plan:
     """
 
     problem: Problem
-    config: Config
+    config: Sizes
     blocks: int
 
     @property
@@ -258,12 +259,18 @@ class Place:
     offset: Any
 
 
-def seen_in_block(plan: Plan, refs: Tables, place: Place, block: Any) -> Array:
-    """Bool (block_q, block_kv): `_mask.visible` inside a block of keys, False beyond the last key."""
+def seen_in_block(plan: Plan, refs: Tables, place: Place, block: Any, zero: Any = None) -> Array:
+    """Bool (block_q, block_kv): `_mask.visible` inside a block of keys, False beyond the last key.
+
+    Args:
+        zero: 0, if given, which only the caller knows: columns that depend on it are not kept in registers of
+            a loop.
+    """
     p, c = plan.problem, plan.config
     shape = (c.block_q, c.block_kv)
     start = block * c.block_kv
     rows, cols = (plgpu.broadcasted_iota(jnp.int32, shape, i, layout=plgpu.Layout.WGMMA) for i in (0, 1))
+    cols = cols if zero is None else cols + zero
     terms = []
     if plan.ragged:
         terms.append(cols < p.S - start)
@@ -291,7 +298,7 @@ def _columns(ref: Any, batch: Any, start: Any, size: int) -> Array:
     return load(ref.at[shared(ref, batch), pl.ds(start, size)], layout=COLUMNS, optimized=False)
 
 
-def launched(problem: Problem, config: Config, multiprocessors: int) -> int:
+def launched(problem: Problem, config: Tiling, multiprocessors: int) -> int:
     """Thread blocks to launch."""
     tiles = Plan(problem, config, 1).tiles
     return min(tiles, multiprocessors) if config.persistent else tiles

@@ -22,34 +22,22 @@ _OTHER_REGISTERS = 24
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """What may be tuned; none of it changes a result by more than rounding.
+class Tiling:
+    """How a kernel cuts queries into tiles and keys into blocks.
 
     Attributes:
         block_q: query rows of one consumer warpgroup, a multiple of 64.
-        block_kv: keys of one block, a multiple of 64 (of `value_tile` without masks).
-        stages: K and V blocks that the ring in shared memory holds.
+        block_kv: keys of one block, a multiple of 64.
         consumers: warpgroups that compute, 1 to 3; each has `block_q` rows of the tile.
-        overlap: whether the next QK^T is issued before the softmax of this block is computed.
-        pingpong: whether consumers take turns at issuing matrix products.
         persistent: whether a thread block stays on its multiprocessor and takes tile after tile.
         section: heads whose tiles are ordered together, longest first; None is all heads.
-        out_slots: pieces of 64 rows of the result that a consumer may have on their way out.
-        value_tile: columns of one swizzled tile of V, 64 or 32; `block_kv` is a multiple of it.
-        lane: whether Mosaic lowers thread by thread instead of warpgroup by warpgroup.
     """
 
     block_q: int = 64
     block_kv: int = 128
-    stages: int = 2
     consumers: int = 2
-    overlap: bool = True
-    pingpong: bool = True
     persistent: bool = True
     section: int | None = None
-    out_slots: int = 2
-    value_tile: int = 64
-    lane: bool = False
 
     @property
     def tile_q(self) -> int:
@@ -60,6 +48,28 @@ class Config:
     def threads(self) -> int:
         """Warpgroups of a thread block."""
         return self.consumers + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Tiling):
+    """What may be tuned; none of it changes a result by more than rounding.
+
+    Attributes:
+        stages: K and V blocks that the ring in shared memory holds.
+        overlap: whether the next QK^T is issued before the softmax of this block is computed.
+        pingpong: whether consumers take turns at issuing matrix products.
+        out_slots: pieces of 64 rows of the result that a consumer may have on their way out.
+        value_tile: columns of one swizzled tile of V, 64 or 32; without masks, `block_kv` need be a multiple
+            of it only.
+        lane: whether Mosaic lowers thread by thread instead of warpgroup by warpgroup.
+    """
+
+    stages: int = 2
+    overlap: bool = True
+    pingpong: bool = True
+    out_slots: int = 2
+    value_tile: int = 64
+    lane: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +133,7 @@ def choose_config(problem: Problem) -> Config:
     stages = min(config.stages, max(2, -(-problem.S // config.block_kv)))
     # Where costs are not known in advance, the device gives out tiles one by one.
     persistent = not problem.masked or static_band(problem)
-    section = _section(problem)
+    section = forward_section(problem)
     return dataclasses.replace(
         config, consumers=consumers, stages=stages, persistent=persistent, section=section
     )
@@ -139,8 +149,8 @@ def static_band(problem: Problem) -> bool:
 _SECTION_BYTES = 12 * 2**20
 
 
-def _section(problem: Problem) -> int | None:
-    """Heads that are ordered together.
+def forward_section(problem: Problem) -> int | None:
+    """Query heads that are ordered together where tiles are of queries.
 
     Those of one group without a mask; with segments all, since a tile then reads little of a head; else as
     many as the cache holds. TFLOP/s on an H100 at head dim 128: full 630 with one head, 558 with all of 16;

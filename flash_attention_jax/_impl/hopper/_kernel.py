@@ -60,7 +60,7 @@ from flash_attention_jax._impl.hopper._blocks import (
     rem,
     seen_in_block,
 )
-from flash_attention_jax._impl.hopper._configs import REGISTERS
+from flash_attention_jax._impl.hopper._configs import REGISTERS, Config
 from flash_attention_jax._impl.hopper._memory import Memory
 from flash_attention_jax._impl.hopper._results import finished, give_lse, give_rows
 from flash_attention_jax._impl.hopper._softmax import Statistics, across
@@ -83,7 +83,7 @@ class Arrays:
     tables: Tables
 
 
-def attend(plan: Plan, arrays: Arrays, memory: Memory) -> None:
+def attend(plan: Plan[Config], arrays: Arrays, memory: Memory) -> None:
     """The body of the kernel, for every warpgroup."""
     divide(
         plan.config.consumers,
@@ -93,7 +93,7 @@ def attend(plan: Plan, arrays: Arrays, memory: Memory) -> None:
     )
 
 
-def produce(plan: Plan, arrays: Arrays, memory: Memory) -> None:
+def produce(plan: Plan[Config], arrays: Arrays, memory: Memory) -> None:
     """The producer: queries of a tile, then its blocks of keys and values."""
     p, c = plan.problem, plan.config
 
@@ -151,7 +151,7 @@ class State:
 class Consumer:
     """One consumer warpgroup."""
 
-    plan: Plan
+    plan: Plan[Config]
     arrays: Arrays
     memory: Memory
     own: Any

@@ -1,0 +1,52 @@
+"""Runs the Hopper kernels on small problems, for the memory and race checkers of the CUDA toolkit.
+
+    XLA_PYTHON_CLIENT_ALLOCATOR=platform compute-sanitizer --tool memcheck python benchmarks/sanitize.py
+    XLA_PYTHON_CLIENT_ALLOCATOR=platform compute-sanitizer --tool racecheck python benchmarks/sanitize.py
+
+With that allocator every array is an allocation of its own, so that what reads beyond one is seen. Exits with
+1 where a result is not finite.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import jax
+import jax.numpy as jnp
+
+from flash_attention_jax import flash_attention
+
+# q, k, v and options: every loop of the kernels, ragged and whole, once.
+PROBLEMS = {
+    "ragged": ((2, 2, 77, 64), (2, 1, 130, 64), (2, 1, 130, 64), {}),
+    "causal": ((1, 2, 256, 128), (1, 1, 256, 128), (1, 1, 256, 128), {"causal": True}),
+    "wide": ((1, 1, 128, 256), (1, 1, 192, 256), (1, 1, 192, 256), {"window": (70, 10)}),
+    "packed": ((1, 2, 200, 80), (1, 2, 200, 80), (1, 2, 200, 40), {"causal": True, "segments": 2}),
+}
+
+
+def main() -> None:
+    """Forward and gradients, with both forms of the backward pass."""
+    sound = True
+    for name, (*sizes, options) in PROBLEMS.items():
+        q, k, v = (jax.random.normal(jax.random.key(i), s, "bfloat16") for i, s in enumerate(sizes))
+        segments = options.pop("segments", None)
+        if segments is not None:
+            options["segment_ids"] = (jnp.arange(q.shape[-2]) // (q.shape[-2] // segments))[None]
+        for deterministic in (False, True):
+
+            def loss(q, k, v, options=options, deterministic=deterministic):
+                result = flash_attention(
+                    q, k, v, implementation="hopper", deterministic=deterministic, **options
+                )
+                return jnp.sum(result.out.astype(jnp.float32) ** 2)
+
+            gradients = jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
+            finite = all(bool(jnp.isfinite(x.astype(jnp.float32)).all()) for x in gradients)
+            print(f"{name}, deterministic={deterministic}: finite {finite}", flush=True)
+            sound &= finite
+    sys.exit(not sound)
+
+
+if __name__ == "__main__":
+    main()

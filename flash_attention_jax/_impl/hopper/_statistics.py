@@ -1,0 +1,28 @@
+"""What the backward kernels read of lse and delta."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+
+Array = Any
+_LOG2E = math.log2(math.e)
+
+
+def statistics(lse: Array, delta: Array, length: int) -> Array:
+    """float32 (B, N, 2, length): lse in log2 units, and minus delta.
+
+    Queries that see nothing, and those beyond the end, have lse = inf, so that their weights are 0.
+
+    Args:
+        lse, delta: float32 (B, N, T).
+        length: T or more.
+    """
+    dead = lse == -jnp.inf
+    scaled = jnp.where(dead, jnp.inf, lse * _LOG2E)
+    negative = jnp.where(dead, 0, -delta)
+    padding = ((0, 0), (0, 0), (0, length - lse.shape[-1]))
+    scaled = jnp.pad(scaled, padding, constant_values=jnp.inf)
+    return jnp.stack([scaled, jnp.pad(negative, padding)], axis=2).astype(jnp.float32)
