@@ -458,7 +458,7 @@ def main() -> None:
     if args.worker is None:
         only = set(filter(None, args.only.split(",")))
         todo = backward_jobs() if args.backward else jobs()
-        todo = [job for job in todo if not only or {job["kind"], job["shape"], job.get("form")} & only]
+        todo = [job for job in todo if not only or {job["kind"], job["shape"], job.get("form"), job.get("alone") and "alone"} & only]
         run = Run(todo, args.out, args.seconds, args.patience)
         run.all()
         summary(run.results)

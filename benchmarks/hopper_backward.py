@@ -63,10 +63,12 @@ def function(job: dict[str, Any], given: Any) -> Any:
             return _backward.backward(*given_arrays, NAMES, config=config)
         results = []
         if form in ("dq", "deterministic"):
-            config = dataclasses.replace(_dq_configs.choose_dq_config(p), **change)
+            config = dataclasses.replace(_dq_configs.choose_dq_config(p), **(change if form == "dq" else {}))
             results.append(_dq.query_gradient(*given_arrays, config=config))
         if form in ("dkv", "deterministic"):
-            results += _backward.backward(*given_arrays, NAMES[1:])
+            config = _backward_configs.choose_backward_config(p)
+            config = dataclasses.replace(config, **(change if form == "dkv" else {}))
+            results += _backward.backward(*given_arrays, NAMES[1:], config=config)
         return results
 
     def ours(*given_arrays):

@@ -108,16 +108,27 @@ BACKWARD_CHECKS: dict[str, tuple[Any, ...]] = {
     "dead-and-masked": (2, 400, 264, 4, 2, 64, 64, {"causal": True, "key_mask": "random", "poison": True}),
 }
 
+_LATE = {"late_dq": True, "slots_ds": 3, "piece": 32, "slots_dq": 2}
+_ONCE = _LATE | {"persistent": False}
 BACKWARD_VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "d128": [{"rotate": False}],
-    "d128-causal": [{"persistent": False}, {"section": 2}],
-    "d64": [{"rotate": False}, {"section": 4}],
-    "d64-causal": [{"persistent": False}, {"section": 2}],
-    "4k-causal": [{"persistent": False}, {"section": 4}],
-    "2k-causal": [{"persistent": False}, {"section": 8}],
-    "gqa-causal": [{"persistent": False}],
-    "512-causal": [{"persistent": False}],
-    "d256-causal": [{"slots_dq": 2, "piece": 32}, {"stages_do": 2, "slots_ds": 1, "piece": 32}],
+    "d128": [_LATE, _LATE | {"persistent": True}],
+    "d128-causal": [_ONCE, _ONCE | {"section": 2}, _ONCE | {"section": 16}, _LATE],
+    "d64": [_LATE, {"late_dq": True, "slots_ds": 3}],
+    "d64-causal": [_ONCE, _ONCE | {"section": 2}, _ONCE | {"section": 4}],
+    "4k": [_LATE],
+    "4k-causal": [_ONCE, _ONCE | {"section": 4}, _ONCE | {"section": 8}],
+    "2k": [_LATE],
+    "2k-causal": [_ONCE, _ONCE | {"section": 8}, _ONCE | {"section": 16}, _ONCE | {"section": 32}],
+    "gqa-causal": [_ONCE, _ONCE | {"section": 2}, _ONCE | {"section": 4}],
+    "512-causal": [{"persistent": False}, {"persistent": False, "section": 132}],
+    "window": [{}, _LATE, _ONCE],
+    "documents": [{}, _LATE],
+    "half-key-mask": [{}, _LATE],
+}
+DKV_VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "d128": [{}, {"stages_q": 3, "stages_do": 3, "slots_ds": 1, "piece": 32}],
+    "d128-causal": [{}, {"stages_q": 3, "stages_do": 3, "slots_ds": 1, "piece": 32}],
+    "d64": [{}, {"block_q": 64, "stages_q": 3, "stages_do": 3}],
 }
 # The same for the kernel of dQ alone: fields of `DqConfig`.
 DQ_VARIANTS: dict[str, list[dict[str, Any]]] = {
@@ -129,8 +140,6 @@ DQ_VARIANTS: dict[str, list[dict[str, Any]]] = {
     "d128-causal": [{"block_kv": 64}, {"block_kv": 64, "consumers": 3}],
     "d64": [{"block_kv": 64, "consumers": 3}, {"stages_k": 3, "stages_v": 3}],
     "d64-causal": [{"block_kv": 64, "consumers": 3}],
-    "d256": [],
-    "d256-causal": [],
 }
 _DQ_CHECKS = (
     "d64",
@@ -195,7 +204,8 @@ def backward_jobs() -> list[dict[str, Any]]:
     result += [check(name) for name in names if name in others]
     result += [check(name) | {"form": "deterministic"} for name in _DQ_CHECKS]
     result += [time(name, form="deterministic") for name in (*important, *rest)]
-    for name, changes in DQ_VARIANTS.items():
-        result += [time(name, alone=True, form="dkv"), time(name, alone=True, form="dq")]
-        result += [time(name, x, alone=True, form="dq") for x in changes]
+    for form, variants in (("dq", DQ_VARIANTS), ("dkv", DKV_VARIANTS)):
+        result += [
+            time(name, x, alone=True, form=form) for name, changes in variants.items() for x in changes
+        ]
     return [{"id": i, **x} for i, x in enumerate(result)]

@@ -26,12 +26,18 @@ from flash_attention_jax.testing import _cotangents, error, exact, plain_errors
 
 _SMALL = BackwardConfig()
 _ROWS = BackwardConfig(block_q=128)
+_LATE = BackwardConfig(late_dq=True, slots_ds=3)
 _WIDE = BackwardConfig(columns=True, stages_do=1)
 
 CASES = {
     case.name: (case, config)
     for case, config in (
         (_case("plain", (1, 2, 128, 64), (1, 1, 192, 64), (1, 1, 192, 64)), _ROWS),
+        (_case("late", (1, 2, 192, 64), (1, 1, 192, 64), (1, 1, 192, 64), causal=True), _LATE),
+        (
+            _case("late-rows", (1, 1, 200, 16), (1, 1, 333, 16), (1, 1, 333, 16), q_offset=-90, causal=True),
+            dataclasses.replace(_LATE, block_q=128, persistent=True),
+        ),
         (_case("columns", (1, 1, 128, 128), (1, 1, 128, 128), (1, 1, 128, 128), causal=True), _SMALL),
         (_case("ragged", (1, 1, 77, 40), (1, 1, 130, 40), (1, 1, 130, 88), dtype="float16"), _SMALL),
         (

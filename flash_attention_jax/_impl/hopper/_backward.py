@@ -106,7 +106,9 @@ def _shape_of_dq(plan: BackwardPlan, interpret: Any) -> tuple[int, ...]:
     # Where consumers divide the columns unevenly, the share of the last reaches beyond the end. A slice as
     # wide as the array would be taken for the whole of it wherever it begins.
     columns = of.columns if part.by_rows else of.width * part.chunks * plan.config.consumers
-    shape = (p.B * p.N * plan.length, columns)
+    # Behind the rows of all queries, those of the steps that have no dQ yet.
+    spare = plan.config.block_q if plan.config.late_dq else 0
+    shape = (p.B * p.N * plan.length + spare, columns)
     # The interpreter does not add: each tile has an array of its own.
     return shape if interpret is None else (plan.across.tiles_t, *shape)
 
@@ -116,6 +118,7 @@ def _finished(plan: BackwardPlan, sums: Array, interpret: Any) -> Array:
     p = plan.problem
     if interpret is not None:
         sums = sums.sum(0)
+    sums = sums[: p.B * p.N * plan.length]
     sums = sums.reshape(p.B, p.N, plan.length, -1)[:, :, : p.T, : p.D]
     dq = (sums * p.scale).astype(p.dtype)
     return dq if p.order == "BNTD" else dq.swapaxes(1, 2)

@@ -28,7 +28,10 @@ class BackwardConfig:
         columns: whether consumers divide the columns of dK, dV and dQ instead, and of the logits the queries;
             `block_q` is 64 then, and there are at most two. For head dims whose sums are too large otherwise.
         stages_q, stages_do: blocks of Q and of dO that their rings in shared memory hold.
-        slots_ds: blocks of dS in shared memory, 1 or 2; with 2 no consumer waits for one to become free.
+        late_dq: whether the product of dQ is left to the step after its block, so that no consumer waits for
+            the dS of another; not where `columns` is set.
+        slots_ds: blocks of dS in shared memory: 3 with `late_dq`, else 1 or 2; with 2 no consumer waits for
+            one to become free.
         slots_dq: pieces of 64 rows of dQ that a consumer may have on their way out.
         piece: columns of such a piece, 32 or 64, where the layout of K allows a choice.
         early_lse: whether lse is read before the logits are there; registers hold it meanwhile.
@@ -45,6 +48,7 @@ class BackwardConfig:
     columns: bool = False
     stages_q: int = 2
     stages_do: int = 2
+    late_dq: bool = False
     slots_ds: int = 2
     slots_dq: int = 1
     piece: int = 64

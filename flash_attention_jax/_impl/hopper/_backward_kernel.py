@@ -44,6 +44,7 @@ tokens, 2048 wide, JAX 0.11.2), each beside this form in the same run, which var
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax.experimental.pallas as pl
@@ -205,15 +206,32 @@ class BackwardConsumer:
                 self._meet()
         tile = Tile(place, row)
 
-        def step(i, sums, masked):
-            return self._step(sums, tile, plan.step(visits, i, masked), count + i, masked)
+        def step(i, carry, masked):
+            return self._step(carry, tile, plan.step(visits, i, masked), count, i, masked)
 
         def zeros(of, chunks):
             return (plgpu.layout_cast(jnp.zeros((c.keys, of.width), jnp.float32), _WGMMA),) * len(chunks)
 
         start = zeros(m.q.of, self.part.of_dk), zeros(m.do.of, self.part.of_dv)
-        dk, dv = _over_steps(plan, visits, step, start)
+        (dk, dv), before = _over_steps(plan, visits, step, (start, self._nowhere()))
+        if self._late:
+            steps = visits.seen * p.G
+
+            def last():
+                self._last_query_gradients(tile, count + steps, before)
+
+            pl.when(steps > 0)(last) if p.masked else last()
         self._give_out(tile, dk, dv)
+
+    @property
+    def _late(self) -> bool:
+        """Whether dQ of a block is computed in the step after."""
+        return self.plan.config.late_dq and self.arrays.dq is not None
+
+    def _nowhere(self) -> Any:
+        """The block of dQ that belongs to no query: what is added there counts for nothing."""
+        plan = self.plan
+        return jnp.int32(plan.problem.B * plan.problem.N * (plan.length // plan.config.block_q))
 
     def _meet(self) -> None:
         """Waits for all consumers."""
@@ -222,11 +240,14 @@ class BackwardConsumer:
 
     # One block of queries.
 
-    def _step(self, sums: Any, tile: Tile, at: Any, n: Any, masked: bool) -> Any:
+    def _step(self, carry: Any, tile: Tile, at: Any, count: Any, i: Any, masked: bool) -> Any:
+        """Step i of a tile: dK and dV with those of a block, and which block of dQ is its."""
         plan, c, m = self.plan, self.plan.config, self.memory
         head, block = tile.place.head * plan.problem.G + at[0], at[1]
         zero = lax.optimization_barrier(jnp.int32(0))
-        slots = Slots(rem(n, c.stages_q), rem(n, c.stages_do), rem(n, c.slots_ds), zero)
+        (sums, before), n = carry, count + i
+        of_ds = n + c.slots_ds - 1 if self._late else n
+        slots = Slots(rem(n, c.stages_q), rem(n, c.stages_do), rem(of_ds, c.slots_ds), zero)
         plgpu.barrier_wait(m.q_full.at[slots.q])
         plgpu.barrier_wait(m.do_full.at[slots.do])
         if masked and self.arrays.dead is not None:
@@ -242,17 +263,22 @@ class BackwardConsumer:
             return seen_by_block(plan, self.arrays.tables, tile.place, start, zero)
 
         weights, slopes = self._weights_and_slopes(slots, seen if masked else None)
-        if self.arrays.dq is not None or c.columns:
+        if self._late:
+            self._share_late(slopes, rem(n, c.slots_ds), slots.ds, i)
+        elif self.arrays.dq is not None or c.columns:
             self._share(weights, slopes, slots.ds)
-        start = ((tile.place.batch * plan.problem.N + head) * plan.length) + block * c.block_q
-
-        def send(values):
-            to = self.arrays.dq.at[tile.row] if m.interpreted else self.arrays.dq
-            add_dq(m, c, self.own, self.part, values, to, start)
-
+        here = (tile.place.batch * plan.problem.N + head) * (plan.length // c.block_q) + block
+        send = functools.partial(self._send, tile, before if self._late else here)
         sums = self._gradients(sums, weights, slopes, slots, send)
         plgpu.barrier_arrive(m.q_free.at[slots.q])
-        return sums
+        return sums, here
+
+    def _send(self, tile: Tile, block: Any, values: list[Array]) -> None:
+        """Adds this consumer's share of a block of dQ, counted over all heads."""
+        to = self.arrays.dq.at[tile.row] if self.memory.interpreted else self.arrays.dq
+        add_dq(
+            self.memory, self.plan.config, self.own, self.part, values, to, block * self.plan.config.block_q
+        )
 
     def _weights_and_slopes(self, slots: Slots, seen: Any) -> tuple[Array, Array]:
         """P^T and dS^T in 16 bits; seen() says what is visible, and is None where everything is."""
@@ -292,6 +318,19 @@ class BackwardConsumer:
         # Not between products: where there is a branch while some are under way, ptxas serializes every
         # `wgmma` of the kernel (C7513).
         plgpu.barrier_wait(m.ds_full.at[slot])
+
+    def _share_late(self, slopes: Array, slot: Any, before: Any, i: Any) -> None:
+        """Writes this consumer's rows of dS^T for the next step; those of the step before are complete then.
+
+        Whoever has given its dS of a block has left the product before behind: of three slots, the one that
+        is written is not read by anybody.
+        """
+        c, m = self.plan.config, self.memory
+        pl.when(i > 0)(lambda: plgpu.barrier_wait(m.ds_full.at[before]))
+        for group in range(c.block_q // 64):
+            m.ds[slot, group, self.part.keys] = slopes[:, group * 64 : (group + 1) * 64]
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(m.ds_full.at[slot])
 
     def _left(self, weights: Array, slopes: Array, slot: Any) -> tuple[Any, Any]:
         """P^T and dS^T as left operands: of this consumer's keys and all queries of the block."""
@@ -343,6 +382,25 @@ class BackwardConsumer:
         parts = pl.run_scoped(scoped, *(kind for row in kinds for kind in row))
         dk, dv = parts[: len(sums[0])], parts[len(sums[0]) :]
         return tuple(tuple(map(jnp.add, *pair)) for pair in zip(sums, (dk, dv), strict=True))
+
+    def _last_query_gradients(self, tile: Tile, n: Any, block: Any) -> None:
+        """This consumer's share of dQ of the last block of a tile."""
+        m, c = self.memory, self.plan.config
+        slots = Slots(None, None, rem(n - 1, c.slots_ds), lax.optimization_barrier(jnp.int32(0)))
+        plgpu.barrier_wait(m.ds_full.at[slots.ds])
+        shape, count = (64, m.k.of.width), len(self.part.of_dq)
+        if m.interpreted:
+
+            def scoped(*accs):
+                self._issue_query_gradients(accs, slots)
+                return [acc[...] for acc in accs]
+
+            values = pl.run_scoped(scoped, *[plgpu.WGMMAAccumulatorRef(shape)] * count)
+        else:
+            zero = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), _WGMMA)
+            accs = [plgpu.WGMMAAccumulatorRef.init(zero)] * count
+            values = pl.run_state(lambda refs: self._issue_query_gradients(refs, slots))(accs)
+        self._send(tile, block, list(values))
 
     # Products.
 
