@@ -445,6 +445,17 @@ def summary(results: list[dict[str, Any]]) -> None:
             print(f"{'':16} backward alone: best {best['tflops']:6.1f} {best['ms']:.3f} ms {best['change']}")
 
 
+def tags(job: dict[str, Any]) -> set[str]:
+    """What `--only` selects a job by: kind, shape and form; "alone" and "tune" for variants."""
+    form = job.get("form", "fused") if job.get("backward") else ""
+    found = {job["kind"], job["shape"], form}
+    if job.get("alone"):
+        found |= {"alone", f"alone-{form}"}
+    if job.get("change"):
+        found.add("tune")
+    return found
+
+
 def main() -> None:
     """Runs everything, or with `--worker` what the parent asks for."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -452,13 +463,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=450, help="stop after this time")
     parser.add_argument("--patience", type=float, default=75, help="seconds without news that mean a hang")
     parser.add_argument("--backward", action="store_true", help="the backward kernel instead of the forward")
+    parser.add_argument("--unchecked", action="store_true", help="leave out the checks against the oracle")
     parser.add_argument("--only", default="", help="kinds, shapes or forms of jobs, by comma; all by default")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker is None:
         only = set(filter(None, args.only.split(",")))
         todo = backward_jobs() if args.backward else jobs()
-        todo = [job for job in todo if not only or {job["kind"], job["shape"], job.get("form"), job.get("alone") and "alone"} & only]
+        todo = [job for job in todo if not only or only & tags(job)]
+        todo = [job for job in todo if job["kind"] != "check" or not args.unchecked]
         run = Run(todo, args.out, args.seconds, args.patience)
         run.all()
         summary(run.results)

@@ -61,15 +61,16 @@ CHECKS: dict[str, tuple[Any, ...]] = {
 
 # What is varied: fields of `Config`, beside the table's choice.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "d128": [{"pingpong": False}],
-    "d128-causal": [{"section": 3}, {"section": 1}, {"persistent": False}],
-    "d64": [{"section": 2}, {"stages": 3}],
-    "d64-causal": [{"section": 6}, {"section": 1}],
-    "d256-causal": [{"persistent": False}],
-    "4k-causal": [{"section": 12}, {"section": 4}],
-    "2k-causal": [{"section": 24}, {"section": 8}],
-    "512-causal": [{"section": 96}, {"section": 16}],
-    "gqa-causal": [{"section": 24}, {"section": 32}],
+    "d128": [{"pinned": False}, {"pingpong": False}],
+    "d128-causal": [{"pinned": False}, {"persistent": False}],
+    "d64": [{"pinned": False}, {"pingpong": False}, {"consumers": 2}],
+    "d64-causal": [{"pinned": False}, {"consumers": 2}],
+    "d256": [{"pinned": False}, {"pingpong": False}],
+    "d256-causal": [{"pinned": False}, {"pingpong": False}],
+    "4k-causal": [{"pinned": False}, {"persistent": False}],
+    "2k-causal": [{"pinned": False}, {"persistent": False}],
+    "window": [{"pinned": False}, {"persistent": False}, {"section": 1}],
+    "documents": [{"pinned": False}],
 }
 
 
@@ -108,26 +109,25 @@ BACKWARD_CHECKS: dict[str, tuple[Any, ...]] = {
     "dead-and-masked": (2, 400, 264, 4, 2, 64, 64, {"causal": True, "key_mask": "random", "poison": True}),
 }
 
-_LATE = {"late_dq": True, "slots_ds": 3, "piece": 32, "slots_dq": 2}
-_ONCE = _LATE | {"persistent": False}
+_ONCE = {"persistent": False}
+_WHOLE = {"piece": 64, "slots_dq": 1}
 BACKWARD_VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "d128": [_LATE, _LATE | {"persistent": True}],
-    "d128-causal": [_ONCE, _ONCE | {"section": 2}, _ONCE | {"section": 16}, _LATE],
-    "d64": [_LATE, {"late_dq": True, "slots_ds": 3}],
-    "d64-causal": [_ONCE, _ONCE | {"section": 2}, _ONCE | {"section": 4}],
-    "4k": [_LATE],
-    "4k-causal": [_ONCE, _ONCE | {"section": 4}, _ONCE | {"section": 8}],
-    "2k": [_LATE],
-    "2k-causal": [_ONCE, _ONCE | {"section": 8}, _ONCE | {"section": 16}, _ONCE | {"section": 32}],
-    "gqa-causal": [_ONCE, _ONCE | {"section": 2}, _ONCE | {"section": 4}],
-    "512-causal": [{"persistent": False}, {"persistent": False, "section": 132}],
-    "window": [{}, _LATE, _ONCE],
-    "documents": [{}, _LATE],
-    "half-key-mask": [{}, _LATE],
+    "d128": [{}, _WHOLE, {"stages_q": 3}],
+    "d128-causal": [{}, _ONCE, _ONCE | {"section": 2}, _ONCE | {"stages_q": 3}],
+    "d64": [{}, _WHOLE],
+    "d64-causal": [{}, _ONCE, _ONCE | {"section": 4}],
+    "4k": [{}],
+    "4k-causal": [{}, _ONCE | {"section": 4}, _ONCE | {"section": 8}, _ONCE | {"section": 16}],
+    "2k": [{}],
+    "2k-causal": [{}, _ONCE | {"section": 4}, _ONCE | {"section": 8}, _ONCE | {"section": 32}],
+    "gqa-causal": [{}, _ONCE | {"section": 1}, _ONCE | {"section": 2}, _ONCE | {"section": 3}],
+    "512-causal": [{}, _ONCE],
+    "window": [{}, _ONCE],
+    "documents": [{}],
 }
 DKV_VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "d128": [{}, {"stages_q": 3, "stages_do": 3, "slots_ds": 1, "piece": 32}],
-    "d128-causal": [{}, {"stages_q": 3, "stages_do": 3, "slots_ds": 1, "piece": 32}],
+    "d128": [{}, {"stages_q": 3, "stages_do": 3, "slots_ds": 2}],
+    "d128-causal": [{}, {"stages_q": 3, "stages_do": 3, "slots_ds": 2}],
     "d64": [{}, {"block_q": 64, "stages_q": 3, "stages_do": 3}],
 }
 # The same for the kernel of dQ alone: fields of `DqConfig`.

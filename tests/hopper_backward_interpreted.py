@@ -26,25 +26,19 @@ from flash_attention_jax.testing import _cotangents, error, exact, plain_errors
 
 _SMALL = BackwardConfig()
 _ROWS = BackwardConfig(block_q=128)
-_LATE = BackwardConfig(late_dq=True, slots_ds=3)
-_WIDE = BackwardConfig(columns=True, stages_do=1)
+_WIDE = BackwardConfig(columns=True, stages_do=1, slots_ds=2, slots_dq=1, piece=64)
 
 CASES = {
     case.name: (case, config)
     for case, config in (
         (_case("plain", (1, 2, 128, 64), (1, 1, 192, 64), (1, 1, 192, 64)), _ROWS),
-        (_case("late", (1, 2, 192, 64), (1, 1, 192, 64), (1, 1, 192, 64), causal=True), _LATE),
-        (
-            _case("late-rows", (1, 1, 200, 16), (1, 1, 333, 16), (1, 1, 333, 16), q_offset=-90, causal=True),
-            dataclasses.replace(_LATE, block_q=128, persistent=True),
-        ),
         (_case("columns", (1, 1, 128, 128), (1, 1, 128, 128), (1, 1, 128, 128), causal=True), _SMALL),
         (_case("ragged", (1, 1, 77, 40), (1, 1, 130, 40), (1, 1, 130, 88), dtype="float16"), _SMALL),
         (
             _case("three-consumers", (1, 2, 200, 72), (1, 1, 136, 72), (1, 1, 136, 72), causal=True),
-            dataclasses.replace(_SMALL, consumers=3, section=1, slots_ds=1),
+            dataclasses.replace(_SMALL, consumers=3, section=1),
         ),
-        (_case("persistent", causal=True), dataclasses.replace(_ROWS, persistent=True, slots_dq=2)),
+        (_case("persistent", causal=True), dataclasses.replace(_ROWS, persistent=True, slots_dq=1, piece=64)),
         (_case("window", window=(70, 20), causal=True, softcap=2.0, scale=-0.3), _SMALL),
         (
             _case("offsets", (2, 1, 70, 16), (2, 1, 90, 16), (2, 1, 90, 16), causal=True, q_offset=(30, -40)),

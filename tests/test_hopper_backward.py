@@ -145,8 +145,8 @@ def test_lowers_for_cuda(name):
 # The head dim, and what is changed.
 VARIANTS = {
     "persistent": (128, dict(persistent=True)),
-    "one-slot": (128, dict(slots_ds=1, stages_do=1)),
-    "early": (64, dict(early_lse=True)),
+    "one-slot": (256, dict(slots_ds=1)),
+    "whole-pieces": (128, dict(piece=64, slots_dq=1)),
     "one-consumer": (64, dict(consumers=1, block_q=64)),
     "small-pieces": (256, dict(piece=32, stages_do=2, slots_ds=1)),
     "lane": (64, dict(lane=True)),

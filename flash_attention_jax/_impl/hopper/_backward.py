@@ -15,7 +15,8 @@ from flash_attention_jax._impl.hopper._backward_configs import (
     layouts,
     share,
 )
-from flash_attention_jax._impl.hopper._backward_kernel import BackwardArrays, differentiate
+from flash_attention_jax._impl.hopper._backward_consumer import BackwardArrays, dq_rows
+from flash_attention_jax._impl.hopper._backward_kernel import differentiate
 from flash_attention_jax._impl.hopper._backward_memory import BackwardMemory, scratch
 from flash_attention_jax._impl.hopper._blocks import Tables, multiprocessors
 from flash_attention_jax._impl.hopper._statistics import statistics
@@ -106,9 +107,7 @@ def _shape_of_dq(plan: BackwardPlan, interpret: Any) -> tuple[int, ...]:
     # Where consumers divide the columns unevenly, the share of the last reaches beyond the end. A slice as
     # wide as the array would be taken for the whole of it wherever it begins.
     columns = of.columns if part.by_rows else of.width * part.chunks * plan.config.consumers
-    # Behind the rows of all queries, those of the steps that have no dQ yet.
-    spare = plan.config.block_q if plan.config.late_dq else 0
-    shape = (p.B * p.N * plan.length + spare, columns)
+    shape = (dq_rows(plan)[1], columns)
     # The interpreter does not add: each tile has an array of its own.
     return shape if interpret is None else (plan.across.tiles_t, *shape)
 
@@ -118,7 +117,7 @@ def _finished(plan: BackwardPlan, sums: Array, interpret: Any) -> Array:
     p = plan.problem
     if interpret is not None:
         sums = sums.sum(0)
-    sums = sums[: p.B * p.N * plan.length]
+    sums = sums[: dq_rows(plan)[0]]
     sums = sums.reshape(p.B, p.N, plan.length, -1)[:, :, : p.T, : p.D]
     dq = (sums * p.scale).astype(p.dtype)
     return dq if p.order == "BNTD" else dq.swapaxes(1, 2)

@@ -28,13 +28,11 @@ class BackwardConfig:
         columns: whether consumers divide the columns of dK, dV and dQ instead, and of the logits the queries;
             `block_q` is 64 then, and there are at most two. For head dims whose sums are too large otherwise.
         stages_q, stages_do: blocks of Q and of dO that their rings in shared memory hold.
-        late_dq: whether the product of dQ is left to the step after its block, so that no consumer waits for
-            the dS of another; not where `columns` is set.
-        slots_ds: blocks of dS in shared memory: 3 with `late_dq`, else 1 or 2; with 2 no consumer waits for
-            one to become free.
+        slots_ds: blocks of dS in shared memory: 3, and where `columns` is set 1 or 2; with 2 no consumer waits
+            for one to become free.
         slots_dq: pieces of 64 rows of dQ that a consumer may have on their way out.
         piece: columns of such a piece, 32 or 64, where the layout of K allows a choice.
-        early_lse: whether lse is read before the logits are there; registers hold it meanwhile.
+        delta_first: whether the accumulator of dP starts at minus delta; see `_slopes.Block`.
         persistent: whether a thread block stays on its multiprocessor and takes tile after tile.
         rotate: whether, without a mask, each tile begins with other queries, so that tiles which run side by
             side do not add to the same rows of dQ.
@@ -48,11 +46,10 @@ class BackwardConfig:
     columns: bool = False
     stages_q: int = 2
     stages_do: int = 2
-    late_dq: bool = False
-    slots_ds: int = 2
-    slots_dq: int = 1
-    piece: int = 64
-    early_lse: bool = False
+    slots_ds: int = 3
+    slots_dq: int = 2
+    piece: int = 32
+    delta_first: bool = True
     persistent: bool = False
     rotate: bool = True
     section: int | None = None
@@ -141,7 +138,7 @@ def piece_of_dq(of_k: Chunks, config: BackwardConfig) -> int:
 _TABLE: tuple[tuple[int, BackwardConfig], ...] = (
     (64, BackwardConfig(block_q=128)),
     (128, BackwardConfig(block_q=64)),
-    (256, BackwardConfig(block_q=64, columns=True, stages_do=1)),
+    (256, BackwardConfig(block_q=64, columns=True, stages_do=1, slots_ds=2, slots_dq=1, piece=64)),
 )
 
 

@@ -257,7 +257,7 @@ class DqConsumer:
             lambda acc: self._issue_weight_gradients(acc, at_v, zero),
             m.v.of.count,
             lse=lambda: across(tile.lse, shape),
-            delta=across(tile.delta, shape),
+            delta=lambda: across(tile.delta, shape),
             seen=seen if masked else None,
         )
         _, slopes = weights_and_slopes(plan.problem, block, interpreted=m.slopes is not None)

@@ -262,8 +262,6 @@ class Consumer:
             plgpu.barrier_arrive(m.k_free.at[at])
             x, factor = self._masked_logits(products, place, None, at, False)
             weights, statistics, decay = _softmax.update(x, factor, state.statistics, False)
-            if m.probe is not None:
-                m.probe[self.own] = statistics.norm
             return weights.astype(p.dtype), statistics, decay
 
         sums, (weights, statistics, decay) = self._side_by_side(state, at, before, softmax)

@@ -41,7 +41,6 @@ def scratch(problem: Problem, config: Config, interpreted: bool) -> dict[str, An
         "v": buffer(of_v, c.stages, of_v.count, c.block_kv),
         "out": swizzled((c.consumers, c.out_slots, 64, of_v.tile), p.dtype, pieces(of_v), interpreted),
         "lse": plgpu.SMEM((c.consumers, c.block_q), jnp.float32),
-        "probe": plgpu.SMEM((c.consumers, c.block_q), jnp.float32),
         "q_full": plgpu.Barrier(num_arrivals=of_k.count),
         "k_full": plgpu.Barrier(num_arrivals=of_k.count, num_barriers=c.stages),
         "v_full": plgpu.Barrier(num_arrivals=of_v.count, num_barriers=c.stages),
@@ -124,7 +123,6 @@ class Memory:
     poison: Any = None
     checked: Any = None
     weights: Any = None
-    probe: Any = None
 
     @classmethod
     def of(cls, problem: Problem, config: Config, refs: dict[str, Any], interpreted: bool) -> Memory:

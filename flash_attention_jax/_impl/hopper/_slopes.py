@@ -26,8 +26,9 @@ class Block:
         issue_logits, issue_weight_gradients: start the products Q K^T and dO V^T into an accumulator.
         groups: products that `issue_weight_gradients` starts.
         lse: gives lse in log2 units, for every pair of the block.
-        early_lse: whether that is asked for before the products are waited for.
-        delta: minus delta, for every pair.
+        delta: gives minus delta, for every pair.
+        delta_first: whether the product dO V^T starts at minus delta, which saves the subtraction afterwards
+            but keeps the products waiting for it.
         seen: gives what is visible, for every pair; None where everything is.
     """
 
@@ -36,9 +37,9 @@ class Block:
     issue_weight_gradients: Callable[[Any], None]
     groups: int
     lse: Callable[[], Array]
-    delta: Array
+    delta: Callable[[], Array]
     seen: Callable[[], Array] | None
-    early_lse: bool = False
+    delta_first: bool = True
 
 
 def weights_and_slopes(problem: Problem, block: Block, *, interpreted: bool) -> tuple[Array, Array]:
@@ -48,11 +49,10 @@ def weights_and_slopes(problem: Problem, block: Block, *, interpreted: bool) -> 
     def issue(products, gradients):
         b.issue_logits(products)
         b.issue_weight_gradients(gradients)
-        early = b.lse() if b.early_lse else None
         x = plgpu.wgmma_accumulator_load(products, wait_n=b.groups)
         # Nothing of the softmax may move before the wait, which the compiler cannot tell.
         x = lax.optimization_barrier(x)
-        return _softmax_of(p, x, b.lse() if early is None else early, b.seen)
+        return _softmax_of(p, x, b.lse(), b.seen)
 
     if interpreted:
 
@@ -62,7 +62,7 @@ def weights_and_slopes(problem: Problem, block: Block, *, interpreted: bool) -> 
         acc = plgpu.WGMMAAccumulatorRef(b.shape)
         found, gradients = pl.run_scoped(scoped, acc, acc)
         # The interpreter's accumulators start at 0.
-        gradients = gradients + b.delta
+        gradients = gradients + b.delta()
     else:
 
         def stateful(refs):
@@ -71,10 +71,11 @@ def weights_and_slopes(problem: Problem, block: Block, *, interpreted: bool) -> 
                 ref[...] = x
 
         zero = plgpu.layout_cast(jnp.zeros(b.shape, jnp.float32), plgpu.Layout.WGMMA)
-        starts = (zero, plgpu.layout_cast(b.delta, plgpu.Layout.WGMMA))
+        starts = (zero, plgpu.layout_cast(b.delta(), plgpu.Layout.WGMMA) if b.delta_first else zero)
         accs = (plgpu.WGMMAAccumulatorRef.init(x) for x in starts)
         results = [zero] if p.softcap is None else [zero, zero.astype(p.dtype)]
         _, gradients, found = pl.run_state(stateful)((*accs, results))
+        gradients = gradients if b.delta_first else gradients + b.delta()
     slope, weights = (*found, found[0])[:2]
     slopes = slope * gradients
     if b.seen is not None:
