@@ -427,9 +427,8 @@ def summary(results: list[dict[str, Any]]) -> None:
         peer = [r["tflops"] for r in results if r["shape"] == name and r["kind"] == "cudnn" and "tflops" in r]
         if forms:
             beside = own[0]["tflops"] if own else float("nan")
-            print(
-                f"{name:16} deterministic {forms[0]['tflops']:.1f} ({forms[0]['tflops'] / beside:.3f} of the default)"
-            )
+            ratio = forms[0]["tflops"] / beside
+            print(f"{name:16} deterministic {forms[0]['tflops']:.1f} ({ratio:.3f} of the default)")
         if not own:
             print(f"{name:16} no figure")
             continue

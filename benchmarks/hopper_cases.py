@@ -61,16 +61,12 @@ CHECKS: dict[str, tuple[Any, ...]] = {
 
 # What is varied: fields of `Config`, beside the table's choice.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "d128": [{"pinned": False}, {"pingpong": False}],
-    "d128-causal": [{"pinned": False}, {"persistent": False}],
-    "d64": [{"pinned": False}, {"pingpong": False}, {"consumers": 2}],
-    "d64-causal": [{"pinned": False}, {"consumers": 2}],
-    "d256": [{"pinned": False}, {"pingpong": False}],
-    "d256-causal": [{"pinned": False}, {"pingpong": False}],
-    "4k-causal": [{"pinned": False}, {"persistent": False}],
-    "2k-causal": [{"pinned": False}, {"persistent": False}],
-    "window": [{"pinned": False}, {"persistent": False}, {"section": 1}],
-    "documents": [{"pinned": False}],
+    "d128": [{"q_in_registers": False}, {"pingpong": False}],
+    "d128-causal": [{"q_in_registers": True}, {"persistent": False}],
+    "d64": [{"pingpong": False}, {"consumers": 2}],
+    "d256": [{"pingpong": False}],
+    "4k": [{"q_in_registers": False}],
+    "window": [{"persistent": False}, {"section": 1}],
 }
 
 
@@ -109,37 +105,28 @@ BACKWARD_CHECKS: dict[str, tuple[Any, ...]] = {
     "dead-and-masked": (2, 400, 264, 4, 2, 64, 64, {"causal": True, "key_mask": "random", "poison": True}),
 }
 
-_ONCE = {"persistent": False}
-_WHOLE = {"piece": 64, "slots_dq": 1}
+_STAYS = {"persistent": True}
 BACKWARD_VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "d128": [{}, _WHOLE, {"stages_q": 3}],
-    "d128-causal": [{}, _ONCE, _ONCE | {"section": 2}, _ONCE | {"stages_q": 3}],
-    "d64": [{}, _WHOLE],
-    "d64-causal": [{}, _ONCE, _ONCE | {"section": 4}],
-    "4k": [{}],
-    "4k-causal": [{}, _ONCE | {"section": 4}, _ONCE | {"section": 8}, _ONCE | {"section": 16}],
-    "2k": [{}],
-    "2k-causal": [{}, _ONCE | {"section": 4}, _ONCE | {"section": 8}, _ONCE | {"section": 32}],
-    "gqa-causal": [{}, _ONCE | {"section": 1}, _ONCE | {"section": 2}, _ONCE | {"section": 3}],
-    "512-causal": [{}, _ONCE],
-    "window": [{}, _ONCE],
-    "documents": [{}],
+    "d128": [{"stages_q": 3}, {"rotate": False}],
+    "d128-causal": [_STAYS, {"section": 1}],
+    "d64": [{"piece": 64, "slots_dq": 1}],
+    "d64-causal": [_STAYS],
+    "4k-causal": [_STAYS, {"section": 4}],
+    "2k-causal": [_STAYS, {"section": 4}],
+    "gqa-causal": [_STAYS, {"section": 1}],
+    "window": [{"persistent": False}],
 }
+# Of the kernel of dK and dV alone.
 DKV_VARIANTS: dict[str, list[dict[str, Any]]] = {
     "d128": [{}, {"stages_q": 3, "stages_do": 3, "slots_ds": 2}],
-    "d128-causal": [{}, {"stages_q": 3, "stages_do": 3, "slots_ds": 2}],
     "d64": [{}, {"block_q": 64, "stages_q": 3, "stages_do": 3}],
+    "d256": [{}],
 }
-# The same for the kernel of dQ alone: fields of `DqConfig`.
+# Of the kernel of dQ alone: fields of `DqConfig`.
 DQ_VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "d128": [
-        {"block_kv": 64},
-        {"block_kv": 64, "consumers": 3},
-        {"block_kv": 64, "stages_k": 3, "stages_v": 3},
-    ],
-    "d128-causal": [{"block_kv": 64}, {"block_kv": 64, "consumers": 3}],
-    "d64": [{"block_kv": 64, "consumers": 3}, {"stages_k": 3, "stages_v": 3}],
-    "d64-causal": [{"block_kv": 64, "consumers": 3}],
+    "d128": [{}, {"block_kv": 64}, {"block_kv": 64, "consumers": 3}],
+    "d64": [{}, {"block_kv": 64, "consumers": 3}],
+    "d256": [{}],
 }
 _DQ_CHECKS = (
     "d64",

@@ -1,8 +1,8 @@
 """The backward kernel's block of queries where consumers divide the columns of dK, dV and dQ.
 
-For head dims whose sums no warpgroup can hold. A consumer computes S^T and dP^T of some queries and all keys of
-the tile, and puts P^T and dS^T into shared memory; all wait for each other, and each multiplies all of them with
-its columns.
+For head dims whose sums no warpgroup can hold. A consumer computes S^T and dP^T of some queries and all keys
+of the tile, and puts P^T and dS^T into shared memory; all wait for each other, and each multiplies all of
+them with its columns.
 """
 
 from __future__ import annotations

@@ -28,11 +28,10 @@ class BackwardConfig:
         columns: whether consumers divide the columns of dK, dV and dQ instead, and of the logits the queries;
             `block_q` is 64 then, and there are at most two. For head dims whose sums are too large otherwise.
         stages_q, stages_do: blocks of Q and of dO that their rings in shared memory hold.
-        slots_ds: blocks of dS in shared memory: 3, and where `columns` is set 1 or 2; with 2 no consumer waits
-            for one to become free.
+        slots_ds: blocks of dS in shared memory: 3, and where `columns` is set 1 or 2; with 2 no consumer
+            waits for one to become free.
         slots_dq: pieces of 64 rows of dQ that a consumer may have on their way out.
         piece: columns of such a piece, 32 or 64, where the layout of K allows a choice.
-        delta_first: whether the accumulator of dP starts at minus delta; see `_slopes.Block`.
         persistent: whether a thread block stays on its multiprocessor and takes tile after tile.
         rotate: whether, without a mask, each tile begins with other queries, so that tiles which run side by
             side do not add to the same rows of dQ.
@@ -49,7 +48,6 @@ class BackwardConfig:
     slots_ds: int = 3
     slots_dq: int = 2
     piece: int = 32
-    delta_first: bool = True
     persistent: bool = False
     rotate: bool = True
     section: int | None = None
@@ -148,21 +146,37 @@ def choose_backward_config(problem: Problem) -> BackwardConfig | None:
     config = next((config for limit, config in _TABLE if widest <= limit), None)
     if config is None:
         return None
-    persistent = problem.banded and static_band(problem)
-    return dataclasses.replace(config, persistent=persistent, section=_section(problem))
+    return dataclasses.replace(config, persistent=_persistent(problem), section=_section(problem, config))
 
 
-# Q, dO and dQ of the heads whose tiles run side by side should stay in the second cache level.
-_SECTION_BYTES = 8 * 2**20
+def _persistent(problem: Problem) -> bool:
+    """Whether thread blocks stay: only under windows, whose tiles all cost the same.
+
+    TFLOP/s on an H200 at head dim 128: a window of 1024 at 32768 tokens 393 so and 358 otherwise; causal
+    545 and 552 at 16384 tokens, 456 and 476 to 492 at 4096, 393 to 401 and 408 to 418 at 2048.
+    """
+    return problem.left is not None and problem.right is not None and static_band(problem)
 
 
-def _section(problem: Problem) -> int:
-    """Key heads that are ordered together."""
+# Q, dO and dQ of the heads whose tiles run side by side should stay in the second cache level, and the tiles
+# of a section should fill the device.
+_SECTION_BYTES = 32 * 2**20
+_SECTION_TILES = 128
+
+
+def _section(problem: Problem, config: BackwardConfig) -> int:
+    """Key heads that are ordered together.
+
+    TFLOP/s on an H200 at head dim 128 with 1, 2, 4, 8 heads: causal at 16384 tokens 552, 556 (16 heads: 517);
+    at 4096 tokens -, 476, 487, 492; 32 heads in groups of 4 at 8192 tokens 468, 504, 493.
+    """
     if not problem.masked:
         return 1
     # Q, dO and the float32 dQ of a group.
     bytes_of_head = problem.G * problem.T * (6 * problem.D + 2 * problem.Dv)
-    return min(problem.B * problem.K, max(1, _SECTION_BYTES // bytes_of_head))
+    tiles = -(-problem.S // config.tile_kv)
+    wanted = max(_SECTION_BYTES // bytes_of_head, _SECTION_TILES // tiles, 1)
+    return min(problem.B * problem.K, wanted)
 
 
 def shared_bytes(problem: Problem, config: BackwardConfig) -> int:

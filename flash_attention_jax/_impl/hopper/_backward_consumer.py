@@ -192,8 +192,7 @@ class BackwardConsumer(abc.ABC):
             lambda acc: self.issue_weight_gradients(acc, slots),
             m.v.of.count,
             lse=lambda: self.statistic(slots, _LSE),
-            delta=lambda: self.statistic(slots, _DELTA),
-            delta_first=c.delta_first,
+            delta=self.statistic(slots, _DELTA),
             seen=seen,
         )
         return weights_and_slopes(self.plan.problem, block, interpreted=m.interpreted)

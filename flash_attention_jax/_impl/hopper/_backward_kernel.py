@@ -9,13 +9,15 @@ Who does what. A thread block has one producer warpgroup and 1 to 3 consumer war
 `consumers * keys` keys of one key head (`BackwardPlan`). The producer brings K and V of the tile and then,
 block by block, Q, dO and their statistics through rings, for all heads of the group. A consumer has `keys`
 rows of the tile: its S^T, dP^T, dK and dV stay in registers from beginning to end, P^T and dS^T are left
-operands from registers. dQ needs the keys of all consumers: dS^T goes to shared memory, and each consumer
-computes a share of the block of dQ, which TMA adds to a float32 array in device memory. These sums arrive in
-any order, so dQ differs from run to run by its rounding.
+operands from registers. dQ needs the keys of all consumers: dS^T goes to shared memory, and in the next step
+each consumer computes a share of the block of dQ (`_backward_rows`), which TMA adds to a float32 array in
+device memory. These sums arrive in any order, so dQ differs from run to run by its rounding; `_dq_kernel`
+computes it in one order.
 
 Where a warpgroup cannot hold dK and dV of 64 keys (head dims above 128, `BackwardConfig.columns`), the tile
 has 64 keys in all. A consumer computes the columns of S^T and dP^T that belong to its queries, puts P^T and
-dS^T into shared memory, and has a share of the columns of dK, dV and dQ. `Part` says who has what.
+dS^T into shared memory, and has a share of the columns of dK, dV and dQ (`_backward_columns`). `Part` says
+who has what.
 
 The accumulator of dP^T starts at minus delta, which saves a subtraction. The softmax runs under the product
 V dO^T; while one consumer computes, the products of the others run.
@@ -30,15 +32,28 @@ memory once for each tile. The weights of hidden pairs are replaced, and gradien
 is 0. Queries that see no key stand in blocks that are visible in part: where there are such, their rows of Q
 and dO become 0 in shared memory. Rows beyond the last query have lse = inf.
 
-Tried and lost: TFLOP/s of the backward pass alone, 2.5 times the forward's FLOPs, on an H100 (bfloat16, 16384
-tokens, 2048 wide, JAX 0.11.2), each beside this form in the same run, which varies by 3 % from run to run:
+Tried and lost: TFLOP/s of the backward pass alone, 2.5 times the forward's FLOPs (bfloat16, 16384 tokens, 2048
+wide, JAX 0.11.2), each beside this form in the same run; runs differ by 3 %. On an H200:
 
-    head dim 64 full       489     blocks of 64 queries 352, four heads side by side 460
-                                   all tiles beginning with the same queries 398
-    head dim 64 causal     457     a thread block for each tile 423, blocks of 64 queries 352
-    head dim 128 full      526     one slot for dS 505, 120 bytes of each thread spilled 494
-    head dim 128 causal    529     a thread block for each tile 516, two heads side by side 507
-    4 x 4096 of 128 full   497     all heads side by side 347
+    head dim                64 full  64 causal  128 full  128 causal
+    this form               526      505        566       552         `_backward_configs` on causal order
+    dQ in its own step      386      462        539       513         consumers wait for each other's dS, and
+                                                                      compute and multiply at the same time
+    all products of a step  490      485        518       533         dS of the step before waited for at the
+    in one sequence                                                   start, dV before dS, dS under dV
+    delta subtracted        485      481        527       522         instead of dP starting at minus delta
+    pieces of 64 columns    513      -          562       -           one of 64 columns of dQ on its way, not two
+                                                                      of 32
+    three blocks of Q       -        -          557       -
+    two kernels             577 599  571 573    672 729   629 693     dK and dV, dQ: 4 and 3 products, which is
+                                                                      `deterministic`
+
+Of the form with dQ in its own step, on an H100:
+
+    head dim 64 full        489      blocks of 64 queries 352, four heads side by side 460
+                                     all tiles beginning with the same queries 398
+    head dim 128 full       526      one slot for dS 505, 120 bytes of each thread spilled 494
+    4 x 4096 of 128 full    497      all heads side by side 347
 """
 
 from __future__ import annotations

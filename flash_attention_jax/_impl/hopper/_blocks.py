@@ -251,12 +251,18 @@ def shared(ref: Any, batch: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a warpgroup stands: `first` is its first row, `row` its tile, `offset` that of the band."""
+    """Where a warpgroup stands.
+
+    Attributes:
+        row: its tile; first: its first row; offset: that of the band.
+        queries: its chunks of Q, where they are in registers.
+    """
 
     batch: Any
     row: Any
     first: Any
     offset: Any
+    queries: list[Array] | None = None
 
 
 def seen_in_block(plan: Plan, refs: Tables, place: Place, block: Any, zero: Any = None) -> Array:

@@ -59,6 +59,8 @@ class Config(Tiling):
         overlap: whether the next QK^T is issued before the softmax of this block is computed.
         pingpong: whether consumers take turns at issuing matrix products.
         out_slots: pieces of 64 rows of the result that a consumer may have on their way out.
+        q_in_registers: whether a consumer keeps its queries in registers instead of reading them from shared
+            memory for every block.
         value_tile: columns of one swizzled tile of V, 64 or 32; without masks, `block_kv` need be a multiple
             of it only.
         lane: whether Mosaic lowers thread by thread instead of warpgroup by warpgroup.
@@ -68,6 +70,7 @@ class Config(Tiling):
     overlap: bool = True
     pingpong: bool = True
     out_slots: int = 2
+    q_in_registers: bool = False
     value_tile: int = 64
     lane: bool = False
 
@@ -119,7 +122,7 @@ def value_chunks(problem: Problem, config: Config) -> Chunks:
 # separate output slots allow; `_kernel` has the figures of others. By padded max(D, Dv).
 _TABLE: tuple[tuple[int, Config], ...] = (
     (64, Config(block_q=64, block_kv=128, stages=4, consumers=3)),
-    (128, Config(block_q=64, block_kv=128, stages=2, consumers=2)),
+    (128, Config(block_q=64, block_kv=128, stages=2, consumers=2, q_in_registers=True)),
     (192, Config(block_q=64, block_kv=64, stages=3, consumers=2, out_slots=1)),
     (256, Config(block_q=64, block_kv=64, stages=2, consumers=2, out_slots=1)),
 )
@@ -135,7 +138,13 @@ def choose_config(problem: Problem) -> Config:
     persistent = not problem.masked or static_band(problem)
     section = forward_section(problem)
     return dataclasses.replace(
-        config, consumers=consumers, stages=stages, persistent=persistent, section=section
+        config,
+        consumers=consumers,
+        stages=stages,
+        persistent=persistent,
+        section=section,
+        # Masks take the registers.
+        q_in_registers=config.q_in_registers and not problem.masked,
     )
 
 
@@ -182,11 +191,12 @@ def shared_bytes(problem: Problem, config: Config) -> int:
 
 
 def registers(problem: Problem, config: Config) -> int:
-    """Registers of a consumer's thread: the sums, the logits, their 16-bit weights and the rest."""
+    """Registers of a consumer's thread: sums, logits, their 16-bit weights, its queries and the rest."""
     rows = config.block_q / 64
     sums = rows * chunks(problem, problem.Dv).columns / 2
     logits = rows * config.block_kv / 2
-    return math.ceil(sums + logits * 1.5) + _OTHER_REGISTERS
+    queries = rows * chunks(problem, problem.D).columns / 4 if config.q_in_registers else 0
+    return math.ceil(sums + logits * 1.5 + queries) + _OTHER_REGISTERS
 
 
 def too_large(problem: Problem, config: Config) -> str | None:

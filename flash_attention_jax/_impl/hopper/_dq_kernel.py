@@ -1,4 +1,4 @@
-"""The kernel of dQ alone, without sums that arrive in any order (FlashAttention-2, arXiv 2307.08691, section 3.1).
+"""The kernel of dQ alone, whose sums have an order (FlashAttention-2, arXiv 2307.08691, section 3.1).
 
 Three products for each pair of blocks. With the queries of a tile as rows,
 
@@ -6,10 +6,10 @@ Three products for each pair of blocks. With the queries of a tile as rows,
     dQ += dS K
 
 Who does what. A thread block has one producer warpgroup and 1 to 3 consumer warpgroups. It takes tiles of
-`consumers * block_q` query rows of one head, as the forward kernel does (`Plan`). The producer brings Q and dO
-of the tile and then, block by block, K and V through rings. A consumer has `block_q` rows of the tile: S, dP
-and dQ stay in registers, dS is a left operand from registers. While one consumer computes, the products of the
-others run. Every row is summed by one warpgroup in one order, so that repeated runs give the same bits.
+`consumers * block_q` query rows of one head, as the forward kernel does (`Plan`). The producer brings Q and
+dO of the tile and then, block by block, K and V through rings. A consumer has `block_q` rows of the tile: S,
+dP and dQ stay in registers, dS is a left operand from registers. While one consumer computes, the products of
+the others run. Every row is summed by one warpgroup in one order, so that repeated runs give the same bits.
 
 Shared memory, in bytes for 16-bit numbers, with D and Dv padded as `Chunks` says: q 2 tile_q D (dQ on its way
 out), do 2 tile_q Dv, k 2 stages_k block_kv D, v 2 stages_v block_kv Dv. `shared_bytes` adds them up. The
@@ -18,6 +18,17 @@ barriers are described in `DqMemory`.
 What is hidden may hold anything, and 0 * NaN is NaN. The weights of hidden pairs are replaced, and gradients
 of logits whose weight is 0. In blocks that are visible in part, keys that are not finite become 0 in shared
 memory. Nothing of a query reaches another one, and those that see no key have dS = 0.
+
+Tried, TFLOP/s of its three products on an H200 (bfloat16, 16384 tokens, 2048 wide, JAX 0.11.2), sizes being
+block_q x consumers, block_kv; runs differ by 3 %:
+
+    head dim 128 full      64 x 2, 128: 729    64 x 2, 64: 715 to 731    64 x 3, 64: 727 to 733
+                           64 x 2, 64 with three stages: 682 to 689
+    head dim 128 causal    64 x 2, 128: 689    64 x 2, 64: 665 to 703    64 x 3, 64: 686 to 703
+    head dim 64 full       64 x 2, 128: 599    64 x 3, 64: 600 to 607
+                           64 x 2, 128 with three stages: 562 to 572
+    head dim 64 causal     64 x 2, 128: 573    64 x 3, 64: 563 to 578
+    head dim 256           64 x 2, 64: 704 full, 733 causal
 """
 
 from __future__ import annotations
@@ -257,7 +268,7 @@ class DqConsumer:
             lambda acc: self._issue_weight_gradients(acc, at_v, zero),
             m.v.of.count,
             lse=lambda: across(tile.lse, shape),
-            delta=lambda: across(tile.delta, shape),
+            delta=across(tile.delta, shape),
             seen=seen if masked else None,
         )
         _, slopes = weights_and_slopes(plan.problem, block, interpreted=m.slopes is not None)

@@ -20,8 +20,8 @@ in blocks that are visible in part, and there alone: rows of V that are not fini
 and leave a NaN in `poison`, which joins the logits. In a block that is visible whole they reach the sums of
 all its rows, as they should; at the end a row whose sums are not finite becomes NaN.
 
-Tried and lost. TFLOP/s on an H100 (bfloat16, 16384 tokens, 2048 wide, JAX 0.11.2), each beside this form in
-the same run, which varies by 3 % from run to run; sizes are block_q x consumers, block_kv:
+Tried and lost. TFLOP/s (bfloat16, 16384 tokens, 2048 wide, JAX 0.11.2), each beside this form in the same
+run, which varies by 3 % from run to run; sizes are block_q x consumers, block_kv. On an H100:
 
     head dim 128 full      64 x 2, 128 with two stages: 630
                            64 x 2, 64: 487     64 x 3, 64: 562     64 x 2, 96: 556     64 x 2, 192: 378
@@ -36,7 +36,16 @@ the same run, which varies by 3 % from run to run; sizes are block_q x consumers
                            a thread block for each tile: 448, 568, 565 to 612
                            partial blocks inside the pipeline: 249, 350, not run. Where a second loop follows
                            the pipeline's, or a branch or a barrier stands between products under way, ptxas
-                           serializes every `wgmma` of the kernel and says so (C7513).
+                           serializes every `wgmma` of the kernel (C7513).
+
+On an H200:
+
+    head dim 128 full      queries in registers 614, in shared memory 602; causal 585 and 588
+    softmax before wait    ptxas moves the exponentials behind the wait for the sums of the block before, so
+                           that only the maximum runs under these. A store that needs all exponentials, which
+                           ptxas does not move, keeps them before it, and costs. Full 64, 128, 256: 488 instead
+                           of 494, 591 instead of 595, 615 instead of 662; causal 430 instead of 455, 563
+                           instead of 582, 594 instead of 607. The products of the other consumer run anyway.
 """
 
 from __future__ import annotations
@@ -181,6 +190,10 @@ class Consumer:
         first = row * c.tile_q + self.own * c.block_q
         place = Place(batch, row, first, self.plan.offset(self.arrays.tables, batch))
         plgpu.barrier_wait(m.q_full)
+        if c.q_in_registers and m.weights is None:
+            rows = pl.ds(self.own * c.block_q, c.block_q)
+            queries = [load(m.q.tiles.at[chunk, rows], layout=_WGMMA) for chunk in range(m.q.of.count)]
+            place = dataclasses.replace(place, queries=queries)
         nothing = State(self._no_sums(), Statistics.start(c.block_q))
         blocks = self._overlapped if c.overlap else self._one_by_one
 
@@ -228,7 +241,9 @@ class Consumer:
         at = self._at(count + visits.partial if self._masked else count)
         plgpu.barrier_wait(m.k_full.at[at])
         self._await_turn()
-        products = self._accumulated([self._zero_logits()], lambda acc: self._issue_logits(acc[0], at))[0]
+        products = self._accumulated(
+            [self._zero_logits()], lambda acc: self._issue_logits(acc[0], at, place)
+        )[0]
         self._pass_turn()
         plgpu.barrier_arrive(m.k_free.at[at])
         x, factor = self._masked_logits(products, place, None, at, masked=False)
@@ -264,7 +279,7 @@ class Consumer:
             weights, statistics, decay = _softmax.update(x, factor, state.statistics, False)
             return weights.astype(p.dtype), statistics, decay
 
-        sums, (weights, statistics, decay) = self._side_by_side(state, at, before, softmax)
+        sums, (weights, statistics, decay) = self._side_by_side(state, place, at, before, softmax)
         plgpu.barrier_arrive(m.v_free.at[before])
         plgpu.barrier_wait(m.v_full.at[at])
         return State(tuple(s * across(decay, s.shape) for s in sums), statistics, weights)
@@ -293,7 +308,9 @@ class Consumer:
             check_values(self.plan.config, m, self.own, at)
         plgpu.barrier_wait(m.k_full.at[at])
         self._await_turn()
-        products = self._accumulated([self._zero_logits()], lambda acc: self._issue_logits(acc[0], at))[0]
+        products = self._accumulated(
+            [self._zero_logits()], lambda acc: self._issue_logits(acc[0], at, place)
+        )[0]
         self._pass_turn()
         plgpu.barrier_arrive(m.k_free.at[at])
         x, factor = self._masked_logits(products, place, visits.index(i) if masked else None, at, masked)
@@ -320,10 +337,11 @@ class Consumer:
         shape = (self.plan.config.block_q, self.plan.config.block_kv)
         return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), _WGMMA)
 
-    def _issue_logits(self, acc: Any, slot: Any) -> None:
+    def _issue_logits(self, acc: Any, slot: Any, place: Place) -> None:
         m, c = self.memory, self.plan.config
+        rows = pl.ds(self.own * c.block_q, c.block_q)
         for chunk in range(m.k.of.count):
-            q = m.q.tiles.at[chunk, pl.ds(self.own * c.block_q, c.block_q)]
+            q = m.q.tiles.at[chunk, rows] if place.queries is None else place.queries[chunk]
             plgpu.wgmma(acc, q, m.k.tiles.at[slot, chunk].T)
 
     def _issue_sums(self, accs: Any, weights: Array, slot: Any) -> None:
@@ -349,27 +367,14 @@ class Consumer:
         parts = pl.run_scoped(products, *(plgpu.WGMMAAccumulatorRef(x.shape) for x in values))
         return [x + part for x, part in zip(values, parts, strict=True)]
 
-    def _both(self, state: State, at: Any, before: Any) -> tuple[Any, Any]:
-        """Logits of a block, and the sums with those of the one before; both are waited for.
-
-        The masks wait for barriers and branch. With products under way there, ptxas serializes every `wgmma`
-        of the kernel (C7513).
-        """
-
-        def issue(accs):
-            self._issue_logits(accs[0], at)
-            self._issue_sums(accs[1:], state.weights, before)
-            self._pass_turn()
-
-        products, *sums = self._accumulated([self._zero_logits(), *state.sums], issue)
-        return products, sums
-
-    def _side_by_side(self, state: State, at: Any, before: Any, softmax: Any) -> tuple[Any, Any]:
+    def _side_by_side(
+        self, state: State, place: Place, at: Any, before: Any, softmax: Any
+    ) -> tuple[Any, Any]:
         """Issues logits of a block and sums of the one before; softmax(logits) runs under the latter."""
         count = self.memory.v.of.count
 
         def issue(acc, accs):
-            self._issue_logits(acc, at)
+            self._issue_logits(acc, at, place)
             self._issue_sums(accs, state.weights, before)
             self._pass_turn()
             products = plgpu.wgmma_accumulator_load(acc, wait_n=count)

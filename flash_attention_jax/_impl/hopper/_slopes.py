@@ -26,9 +26,7 @@ class Block:
         issue_logits, issue_weight_gradients: start the products Q K^T and dO V^T into an accumulator.
         groups: products that `issue_weight_gradients` starts.
         lse: gives lse in log2 units, for every pair of the block.
-        delta: gives minus delta, for every pair.
-        delta_first: whether the product dO V^T starts at minus delta, which saves the subtraction afterwards
-            but keeps the products waiting for it.
+        delta: minus delta, for every pair.
         seen: gives what is visible, for every pair; None where everything is.
     """
 
@@ -37,9 +35,8 @@ class Block:
     issue_weight_gradients: Callable[[Any], None]
     groups: int
     lse: Callable[[], Array]
-    delta: Callable[[], Array]
+    delta: Array
     seen: Callable[[], Array] | None
-    delta_first: bool = True
 
 
 def weights_and_slopes(problem: Problem, block: Block, *, interpreted: bool) -> tuple[Array, Array]:
@@ -62,7 +59,7 @@ def weights_and_slopes(problem: Problem, block: Block, *, interpreted: bool) -> 
         acc = plgpu.WGMMAAccumulatorRef(b.shape)
         found, gradients = pl.run_scoped(scoped, acc, acc)
         # The interpreter's accumulators start at 0.
-        gradients = gradients + b.delta()
+        gradients = gradients + b.delta
     else:
 
         def stateful(refs):
@@ -71,11 +68,10 @@ def weights_and_slopes(problem: Problem, block: Block, *, interpreted: bool) -> 
                 ref[...] = x
 
         zero = plgpu.layout_cast(jnp.zeros(b.shape, jnp.float32), plgpu.Layout.WGMMA)
-        starts = (zero, plgpu.layout_cast(b.delta(), plgpu.Layout.WGMMA) if b.delta_first else zero)
+        starts = (zero, plgpu.layout_cast(b.delta, plgpu.Layout.WGMMA))
         accs = (plgpu.WGMMAAccumulatorRef.init(x) for x in starts)
         results = [zero] if p.softcap is None else [zero, zero.astype(p.dtype)]
         _, gradients, found = pl.run_state(stateful)((*accs, results))
-        gradients = gradients if b.delta_first else gradients + b.delta()
     slope, weights = (*found, found[0])[:2]
     slopes = slope * gradients
     if b.seen is not None:
