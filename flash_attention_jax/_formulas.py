@@ -332,6 +332,8 @@ def beside_out(problem: Problem, stats: Array) -> Array:
 
 def delta_of(problem: Problem, out: Array, dout: Array, dlse: Array) -> Array:
     """rowsum(dout * out) - dlse, of shape (B, N, T)."""
-    rows = jnp.sum(dout.astype(problem.accumulator) * out.astype(problem.accumulator), axis=-1)
-    rows = rows if problem.order == "BNTD" else rows.swapaxes(1, 2)
-    return rows - dlse
+    # As a product: with JAX 0.10.2, `sum` of (1, 8, 4096, 64) in float32 takes 27 ms on 2 Zen 4 cores, this 1
+    # (25 in the order BTND); with 0.12.0 both take 1.
+    at = labels(problem, "out")
+    dout, out = (x.astype(problem.accumulator) for x in (dout, out))
+    return jnp.einsum(f"{at},{at}->bnt", dout, out, precision="highest") - dlse

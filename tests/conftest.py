@@ -11,8 +11,9 @@ from flash_attention_jax import _tiles
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of a few rows and columns, so that small problems take many of them."""
-    small = _tiles.Target(pairs=8 * 8 * 2, rows=8, cols=8, least=4, alone=0)
+    small = _tiles.Target(pairs=8 * 8 * 2, rows=8, cols=8, least=4, narrow=8 * 8 // 2, alone=0)
     monkeypatch.setattr(_tiles, "_CPU", small)
+    monkeypatch.setattr(_tiles, "_CPU_MASKED", small)
     jax.clear_caches()
     yield small
     jax.clear_caches()
