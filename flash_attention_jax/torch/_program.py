@@ -56,7 +56,7 @@ class Program:
     order and batches of them are programs again.
     """
 
-    # Whether `vjp` takes the results as well, between the tensors and the cotangents.
+    # Whether `vjp` and `jvp` take the results as well, between the tensors and what is linear.
     reads_results = False
 
     def __init__(self, function: Function):
