@@ -37,7 +37,8 @@ def test_code_runs(section):
 @pytest.mark.parametrize("heads", [(), (4,)])
 def test_the_layer_of_equinox_computes_what_equinoxs_does(heads):
     names = run("Equinox")
-    x, mask = names["x"], jax.random.bernoulli(jax.random.key(2), shape=(*heads, 50, 50)) | jnp.eye(50, dtype=bool)
+    x, random = names["x"], jax.random.bernoulli(jax.random.key(2), shape=(*heads, 50, 50))
+    mask = random | jnp.eye(50, dtype=bool)
     theirs = names["equinox"].nn.MultiheadAttention(4, 32, key=jax.random.key(0))
     np.testing.assert_allclose(names["layer"](x, x, x, mask), theirs(x, x, x, mask), atol=2e-6)
     causal = jnp.tril(jnp.ones((50, 50), bool))

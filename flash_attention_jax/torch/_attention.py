@@ -180,10 +180,11 @@ def _without_symbols(q_offset: Any, scale: Any, options: dict[str, Any]) -> tupl
     from torch.fx.experimental.symbolic_shapes import guard_scalar, has_static_value
 
     def constant(x: Any) -> Any:
-        return guard_scalar(x) if isinstance(x, int | float | torch.SymInt | torch.SymFloat) else x
+        is_number = isinstance(x, int | float | torch.SymInt | torch.SymFloat)
+        return guard_scalar(x) if is_number else x  # pyright: ignore[reportArgumentType]
 
     if isinstance(q_offset, int | torch.SymInt) and not has_static_value(q_offset):
-        q_offset = torch.full((), q_offset, dtype=torch.int32)
+        q_offset = torch.full((), q_offset, dtype=torch.int32)  # pyright: ignore
     if isinstance(options.get("window"), tuple | list):
         options["window"] = tuple(constant(side) for side in options["window"])
     return constant(q_offset), constant(scale), {name: constant(x) for name, x in options.items()}

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 # With `jax_enable_x64` off JAX would make 32 bits of these.
 _WIDE = frozenset((torch.float64, torch.int64, torch.uint64, torch.complex128))
@@ -27,7 +28,7 @@ _CROSSING = frozenset(
     for name, x in vars(torch).items()
     if isinstance(x, torch.dtype) and (x == torch.bool or hasattr(jnp, name))
 )
-_PLAIN_DISPATCH = torch.Tensor.__torch_dispatch__
+_PLAIN_DISPATCH = torch.Tensor.__torch_dispatch__  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def is_wide(tensors: Sequence[torch.Tensor]) -> bool:
@@ -108,10 +109,10 @@ def to_jax(x: torch.Tensor) -> jax.Array:
     Raises:
         TypeError: JAX has no such dtype, or the tensor has no memory of its own (but is fake, say).
     """
-    if type(x) is not torch.Tensor and type(x).__torch_dispatch__ is not _PLAIN_DISPATCH:
+    if type(x) is not torch.Tensor and getattr(type(x), "__torch_dispatch__") is not _PLAIN_DISPATCH:  # noqa: B009
         raise TypeError(f"tensors must have memory of their own, got {type(x).__name__}: make them plain")
     if x.dtype not in _CROSSING:
-        raise TypeError(f"tensors must be of a dtype that JAX has, got {x.dtype}: convert them with Tensor.to")
+        raise TypeError(f"tensors must be of a dtype that JAX has, got {x.dtype}: convert with Tensor.to")
     x = x.detach().resolve_conj().resolve_neg().contiguous()
     if x.device.type == "cpu" and x.is_pinned():
         x = x.clone()
@@ -124,8 +125,8 @@ def refuse_tracing() -> None:
     Raises:
         RuntimeError: torch traces, exports or fakes what it runs.
     """
-    modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
-    if torch.jit.is_tracing() or any(mode.is_infra_mode() for mode in modes):
+    modes = _get_current_dispatch_mode_stack()
+    if torch._C._get_tracing_state() is not None or any(mode.is_infra_mode() for mode in modes):
         raise RuntimeError(
             "functions of jax2torch cannot be traced, exported or run on fake tensors: "
             "flash_attention_jax.torch.flash_attention can"

@@ -35,6 +35,7 @@ from flash_attention_jax.torch._gradients import gradients, tangents
 from flash_attention_jax.torch._program import Frame, Function, Indices, Program, jvp_of, vjp_of, vmap_of
 
 Tensors = Sequence[torch.Tensor]
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 # Array arguments of `flash_attention`, in the order in which the operator takes those that are given.
 ARRAYS = (*Operands._fields, "scale")
 
@@ -53,7 +54,10 @@ class Operation(Program):
         super().__init__(_function(description))
 
     def run(self, frame: Frame, tensors: Tensors) -> tuple[torch.Tensor, ...]:
-        """Calls the operator below autograd."""
+        """Calls the operator below autograd; where nothing records it, what it does (30 us less)."""
+        recorded = torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None
+        if not recorded and all(type(x) in _PLAIN for x in tensors):
+            return tuple(self.run_in_jax(tensors))
         with torch._C._AutoDispatchBelowAutograd():
             return tuple(_CALL(list(tensors), self.spec))
 
