@@ -5,6 +5,8 @@ import itertools
 import pathlib
 import re
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,7 +20,7 @@ def run(section):
     """The blocks of a section, one after another."""
     names = {}
     for block in re.findall(r"```python\n(.*?)```", SECTIONS[section], re.S):
-        for module in ("torch", "flax"):
+        for module in ("torch", "flax", "equinox", "haiku"):
             if re.search(rf"^(import|from) {module}\b", block, re.M):
                 pytest.importorskip(
                     module, reason=f"{module} is not installed: its part of the page is not run"
@@ -30,6 +32,32 @@ def run(section):
 @pytest.mark.parametrize("section", SECTIONS)
 def test_code_runs(section):
     assert run(section)["out"].ndim
+
+
+@pytest.mark.parametrize("heads", [(), (4,)])
+def test_the_layer_of_equinox_computes_what_equinoxs_does(heads):
+    names = run("Equinox")
+    x, random = names["x"], jax.random.bernoulli(jax.random.key(2), shape=(*heads, 50, 50))
+    mask = random | jnp.eye(50, dtype=bool)
+    theirs = names["equinox"].nn.MultiheadAttention(4, 32, key=jax.random.key(0))
+    np.testing.assert_allclose(names["layer"](x, x, x, mask), theirs(x, x, x, mask), atol=2e-6)
+    causal = jnp.tril(jnp.ones((50, 50), bool))
+    np.testing.assert_allclose(names["out"], theirs(x, x, x, causal), atol=2e-6)
+
+
+def test_the_layer_of_haiku_computes_what_haikus_does():
+    names = run("Haiku")
+    haiku, x = names["haiku"], names["x"]
+
+    def layer(x):
+        options = {"w_init": haiku.initializers.VarianceScaling(), "name": "flash_multi_head_attention"}
+        causal = jnp.tril(jnp.ones((1, 1, 50, 50), bool))
+        return haiku.MultiHeadAttention(4, 8, **options)(x, x, x, causal)
+
+    theirs = haiku.transform(layer)
+    parameters = [f.init(jax.random.key(1), x) for f in (names["transformed"], theirs)]
+    jax.tree.map(np.testing.assert_array_equal, *parameters)
+    np.testing.assert_allclose(names["out"], theirs.apply(parameters[1], None, x), atol=2e-6)
 
 
 def test_packed_sequences_are_attended_to_one_by_one():

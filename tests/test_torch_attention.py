@@ -4,13 +4,19 @@
 import inspect
 import io
 
+import jax
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed, so attention of tensors is not tested")
 
 import flash_attention_jax  # noqa: E402
-from flash_attention_jax.torch import flash_attention, scaled_dot_product_attention  # noqa: E402
+from flash_attention_jax.torch import (  # noqa: E402
+    _attention,
+    flash_attention,
+    scaled_dot_product_attention,
+)
+from flash_attention_jax.torch._operator import Operation, _function, call  # noqa: E402
 
 TORCHS = torch.nn.functional.scaled_dot_product_attention
 
@@ -129,6 +135,13 @@ def test_autocast_is_torchs():
             assert scaled_dot_product_attention(q, q, q).dtype == TORCHS(q, q, q).dtype == dtype
 
 
+def test_autocast_takes_tensors_of_several_dtypes():
+    q = normal(2, 5, 8, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = scaled_dot_product_attention(q, q.bfloat16(), q, torch.zeros(5, 5))
+        torch.testing.assert_close(out, TORCHS(q, q.bfloat16(), q, torch.zeros(5, 5)), atol=2e-2, rtol=0)
+
+
 def test_rows_that_a_float_mask_hides_are_zero():
     q = normal(2, 5, 8, dtype=torch.float32, requires_grad=True)
     bias = torch.zeros(5, 5).index_fill(0, torch.tensor([2]), -torch.inf)
@@ -178,7 +191,79 @@ def test_one_segment_array_stands_for_both():
     torch.testing.assert_close(both, TORCHS(q, q, q, ids[:, None] == ids))
 
 
+# Memory order.
+
+
+def heads(dtype=torch.float64, length=5, count=6, **options):
+    """As a projection leaves them, (B, N, T, D)."""
+    return normal(2, length, count, 4, dtype=dtype, **options).transpose(1, 2)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_heads_are_attended_to_in_the_order_in_which_they_lie(fused, monkeypatch):
+    if fused:
+        q, k, v = normal(2, 5, 3, 6, 4).permute(2, 0, 3, 1, 4)
+    else:
+        q, k, v = heads(), heads(length=7, count=2, seed=1), heads(length=7, count=2, seed=2)
+    programs = []
+    monkeypatch.setattr(_attention, "call", lambda *x: programs.append(x) or call(*x))
+    options = {"bias": normal(6, 5, k.shape[2], seed=3), "causal": True, "return_lse": True}
+    out, lse = flash_attention(q, k, v, **options)
+    ((program, tensors),) = programs
+    assert '"order": "BTND"' in program
+    assert [x.data_ptr() for x in tensors[:3]] == [x.data_ptr() for x in (q, k, v)]
+    assert fused or all(x.is_contiguous() for x in tensors)
+    assert out.transpose(1, 2).is_contiguous()
+    expected = flash_attention(*(x.contiguous() for x in (q, k, v)), **options)
+    torch.testing.assert_close((out, lse), expected)
+
+
+def test_derivatives_of_heads_in_the_order_in_which_they_lie():
+    x = [heads(count=2, seed=i, length=3).detach().requires_grad_() for i in range(3)]
+    scale = torch.tensor(0.6, dtype=torch.float64, requires_grad=True)
+
+    def f(q, k, v, scale):
+        return flash_attention(q, k, v, scale=scale, causal=True, return_lse=True)
+
+    assert f(*x, scale)[0].transpose(1, 2).is_contiguous()
+    assert torch.autograd.gradcheck(f, (*x, scale), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(f, (*x, scale), check_fwd_over_rev=True)
+    hessian = [torch.func.hessian(lambda *x: f(*x)[0].square().sum())(*y, scale) for y in (x, detached(x))]
+    torch.testing.assert_close(*hessian)
+
+
+def detached(tensors):
+    return [x.detach().contiguous() for x in tensors]
+
+
+def test_shapes_that_do_not_fit_are_shown_as_they_were_given():
+    q, k = heads(), heads(length=7)
+    with pytest.raises(ValueError, match=r"^k must be of q's head dim D = 4, got shape \(2, 6, 7, 3\)"):
+        flash_attention(q, k[..., :3], k)
+    with pytest.raises(ValueError, match=r"^k must be of a head count K that divides q's N = 6, got K = 5"):
+        flash_attention(q, k[:, :5], k[:, :5])
+
+
 # Derivatives.
+
+
+def test_a_tangent_starts_from_the_results(monkeypatch):
+    """No second forward pass."""
+    specs = []
+    run = Operation.run_in_jax
+    monkeypatch.setattr(Operation, "run_in_jax", lambda p, x: specs.append(p.description) or run(p, x))
+    q = normal(4, 8)
+    with torch.autograd.forward_ad.dual_level():
+        flash_attention(torch.autograd.forward_ad.make_dual(q, q), q, q)
+    assert [next(x for x in ("attend", "tangents") if isinstance(d.get(x), dict)) for d in specs] == [
+        "attend",
+        "tangents",
+    ]
+    values = [*[q.numpy()] * 4, q.numpy()[:, 0], q.numpy()]
+    with jax.enable_x64(True):
+        jaxpr = str(jax.make_jaxpr(lambda x: _function(specs[1])(None, x))(values))
+    assert "attention_tangent[" in jaxpr
+    assert "attention[" not in jaxpr
 
 
 def with_everything(q, k, v, bias, scale):
@@ -275,6 +360,44 @@ def test_compile_takes_the_whole_model(name, dynamic):
         )
 
 
+SIZED = {
+    "scale": lambda q: flash_attention(q, q, q, scale=q.shape[-2] ** -0.5),
+    "scale of torch's": lambda q: scaled_dot_product_attention(q, q, q, scale=1 / q.shape[-1]),
+    "window": lambda q: flash_attention(q, q, q, window=(q.shape[-2] // 2, None)),
+    "window on both sides": lambda q: flash_attention(q, q, q, window=q.shape[-2] // 3),
+    "q_offset": lambda q: flash_attention(q[:, :-2], q, q, causal=True, q_offset=q.shape[-2] - 3),
+}
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_compile_takes_numbers_that_depend_on_sizes(name):
+    torch._dynamo.reset()
+    compiled = torch.compile(SIZED[name], fullgraph=True, backend="aot_eager", dynamic=True)
+    for length in (6, 7):
+        q = normal(2, length, 8)
+        torch.testing.assert_close(compiled(q), SIZED[name](q))
+
+
+def test_an_offset_from_a_size_is_exported_for_every_length():
+    class Model(torch.nn.Module):
+        def forward(self, q):
+            return SIZED["q_offset"](q)
+
+    lengths = ({1: torch.export.Dim("length", min=6)},)
+    exported = torch.export.export(Model(), (normal(2, 6, 8),), dynamic_shapes=lengths)
+    q = normal(2, 9, 8)
+    torch.testing.assert_close(exported.module()(q), SIZED["q_offset"](q))
+
+
+def test_inductor_takes_heads_in_the_order_in_which_they_lie():
+    torch._dynamo.reset()
+    model = SelfAttention(lambda q, k, v: scaled_dot_product_attention(2 * q, k, v), 8, 2)
+    x = normal(2, 5, 8, dtype=torch.float32)
+    results = [f(x) for f in (torch.compile(model, fullgraph=True), model)]
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), model.parameters()) for y in results))
+
+
 def test_compile_takes_vmap():
     torch._dynamo.reset()
     tensors = [normal(3, 3, 2, seed=i) for i in range(3)]
@@ -357,12 +480,14 @@ def test_a_transformer_learns_as_it_does_with_torchs():
 # Errors.
 
 Q = normal(2, 3, 5, 4, dtype=torch.float32)
+NESTED = torch.nested.nested_tensor([Q[0], Q[0, :2]], layout=torch.jagged)
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
         (([1.0], Q, Q), TypeError, "q must be a torch.Tensor, got list"),
+        ((NESTED, NESTED, NESTED), TypeError, "tensors must be strided, got torch.jagged: make them dense with Tensor.to_dense"),
         ((Q, Q, None), TypeError, "v must be a torch.Tensor, got NoneType"),
         ((Q.int(), Q, Q), TypeError, "q must be of dtype float16, bfloat16, float32, float64, got int32"),
         ((Q, Q[..., :3], Q), ValueError, "k must be of q's head dim D = 4, got shape (2, 3, 5, 3)"),

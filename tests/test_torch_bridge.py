@@ -1,5 +1,7 @@
 """`jax2torch`: crossing without a copy, structure, derivatives, compilation, errors."""
 
+import copy
+import pickle
 import subprocess
 import sys
 import time
@@ -11,6 +13,10 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed, so nothing of the bridge is tested")
+
+from torch._subclasses import FakeTensorMode  # noqa: E402
+from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import flash_attention_jax  # noqa: E402
 from flash_attention_jax.torch import jax2torch  # noqa: E402
@@ -134,6 +140,41 @@ def test_without_tensors_it_runs_on_the_default_device():
     result = jax2torch(lambda n: jnp.arange(n))(3)
     assert torch.equal(result, torch.arange(3, dtype=torch.int32))
     assert result.device == torch.get_default_device()
+
+
+def test_results_may_be_numbers():
+    x = normal(3, requires_grad=True)
+    result, number, whole = jax2torch(lambda x: (x * 2, 1.5, 3))(x)
+    assert (number.item(), whole.item(), whole.dtype.is_floating_point) == (1.5, 3, False)
+    (result.sum() * number).backward()
+    assert torch.equal(x.grad, torch.full_like(x, 3))
+
+
+def of_module(x):
+    return jnp.sin(x)
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.f = jax2torch(of_module)
+
+    def forward(self, x):
+        return self.f(x)
+
+    @jax2torch
+    def method(self, x):
+        return x + 1
+
+
+def test_it_is_copied_pickled_and_bound_as_functions_are():
+    x, model = normal(3), Model()
+    torch.testing.assert_close(pickle.loads(pickle.dumps(model))(x), x.sin())
+    for copied in (copy.copy(model.f), copy.deepcopy(model).f):
+        assert copied is model.f
+    torch.testing.assert_close(model.method(x), x + 1)
+    assert model.f.__name__ == "of_module"
+    assert repr(model.f).startswith("jax2torch(<function of_module")
 
 
 # The example of the package that this one grew from, its import changed.
@@ -361,6 +402,26 @@ def test_errors_of_calls():
         f(x.to_sparse())
     with pytest.raises(TypeError, match=r"^results must be of a dtype that torch has, got key<fry>$"):
         jax2torch(lambda x: jax.random.key(0))(x)
+    with pytest.raises(TypeError, match=r"^results must be arrays or numbers, got str"):
+        jax2torch(lambda x: "text")(x)
+    with pytest.raises(TypeError, match=r"^tensors must be of a dtype that JAX has, got torch.complex32: "):
+        f(torch.empty(2, dtype=torch.complex32))
+
+
+def test_what_torch_traces_is_refused_and_never_a_constant():
+    f, x = jax2torch(jnp.sin), torch.ones(3)
+    fake = FakeTensorMode()
+    with fake:
+        y = torch.ones(3)
+        with pytest.raises(RuntimeError, match="cannot be traced, exported or run on fake tensors"):
+            f(y)
+    with pytest.raises(TypeError, match=r"^tensors must have memory of their own, got FakeTensor: "):
+        f(y)
+    for trace in (make_fx(f), lambda x: torch.func.linearize(f, x), lambda x: torch.jit.trace(f, (x,))):
+        with pytest.raises(RuntimeError, match="cannot be traced, exported or run on fake tensors"):
+            trace(x)
+    with FlopCounterMode(display=False):
+        torch.testing.assert_close(f(x), x.sin())
 
 
 class FakeDevice(NamedTuple):

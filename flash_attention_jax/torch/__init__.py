@@ -11,7 +11,8 @@ if importlib.util.find_spec("torch") is None:
         "flash_attention_jax.torch needs PyTorch, which is not installed: pip install torch", name="torch"
     )
 
-from flash_attention_jax.torch._attention import flash_attention, scaled_dot_product_attention
+from flash_attention_jax.torch._attention import flash_attention
 from flash_attention_jax.torch._jax2torch import jax2torch
+from flash_attention_jax.torch._scaled_dot_product import scaled_dot_product_attention
 
 __all__ = ["flash_attention", "jax2torch", "scaled_dot_product_attention"]

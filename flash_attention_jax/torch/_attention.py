@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import jax
@@ -79,7 +80,9 @@ def flash_attention(
     """`flash_attention_jax.flash_attention` of PyTorch tensors.
 
     The meaning of every argument is the same there, and so are accuracy and memory. Tensors cross
-    by DLPack, without a copy where they are contiguous. Backward passes run on out and lse with no
+    by DLPack, without a copy where they are contiguous, as they are or with heads and positions
+    exchanged (`projection.unflatten(-1, (N, D)).transpose(1, 2)`). `torch.autocast` leaves them as
+    they are. Backward passes run on out and lse with no
     second forward pass; derivatives exist to every order and in both modes, and `torch.func`'s
     transforms apply. It is an operator of `torch.library`, so that `torch.compile(fullgraph=True)`
     and `torch.export` take models that contain it.
@@ -127,23 +130,64 @@ def flash_attention(
     given = (q, k, v, bias, mask, key_mask, *pair)
     options: dict[str, Any] = {"causal": causal, "window": window, "softcap": softcap}
     options |= {"precision": precision, "implementation": implementation}
-    return _call(given, q_offset, scale, options, return_lse)
+    out, lse = attend(given, q_offset, scale, options)
+    return (out, lse) if return_lse else out
 
 
-def _call(given: Any, q_offset: Any, scale: Any, options: dict[str, Any], return_lse: bool) -> Any:
-    """Calls the operator with what was given, in the order of `ARRAYS`."""
+def attend(given: Sequence[Any], q_offset: Any, scale: Any, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Calls the operator: out and lse.
+
+    Args:
+        given: the tensors or None, in the order of `ARRAYS` up to `q_offset`.
+        q_offset: a number, a tensor or None.
+        scale: a number, a tensor or None.
+        options: the other arguments of `flash_attention`.
+    """
+    if torch.compiler.is_compiling():
+        q_offset, scale, options = _without_symbols(q_offset, scale, options)
     offset_and_scale = {"q_offset": q_offset, "scale": scale}
     options |= {name: x for name, x in offset_and_scale.items() if not isinstance(x, Tensor)}
-    every = (*given, *(x if isinstance(x, Tensor) else None for x in (q_offset, scale)))
+    every = [*given, *(x if isinstance(x, Tensor) else None for x in (q_offset, scale))]
     for name, x in zip(ARRAYS, every, strict=True):
         if (x is not None and not isinstance(x, Tensor)) or (x is None and name in ("q", "k", "v")):
             shown = "segment_ids" if name.endswith("segments") else name
             fail(shown, "a torch.Tensor", type(x).__name__, TypeError)
+    transposed = _lie_by_position(*every[:3])
+    if transposed:
+        every[:3] = [x.transpose(-3, -2) for x in every[:3]]
+        options["order"] = "BTND"
     names = tuple(name for name, x in zip(ARRAYS, every, strict=True) if x is not None)
     set_options = tuple((name, x) for name, x in options.items() if x is not None and x is not False)
     program = _described(names, set_options)
     out, lse = call(program, [x for x in every if x is not None])
-    return (out, lse) if return_lse else out
+    return out.transpose(-3, -2) if transposed else out, lse
+
+
+def _lie_by_position(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether heads follow one another within a position, as a projection leaves them.
+
+    Then q, k and v are attended to in that order, and out has it as well: nothing is transposed.
+    Shapes that do not fit are left as they are, for messages that show them.
+    """
+    if not all(x.ndim > 2 and x.layout == torch.strided and x.stride(-3) < x.stride(-2) for x in (q, k, v)):
+        return False
+    same = q.shape[:-3] == k.shape[:-3] and q.shape[-1] == k.shape[-1] and k.shape[:-1] == v.shape[:-1]
+    return same and k.shape[-3] > 0 and q.shape[-3] % k.shape[-3] == 0
+
+
+def _without_symbols(q_offset: Any, scale: Any, options: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+    """Numbers that depend on sizes, made constants of what is compiled; an offset is made a tensor."""
+    from torch.fx.experimental.symbolic_shapes import guard_scalar, has_static_value
+
+    def constant(x: Any) -> Any:
+        is_number = isinstance(x, int | float | torch.SymInt | torch.SymFloat)
+        return guard_scalar(x) if is_number else x  # pyright: ignore[reportArgumentType]
+
+    if isinstance(q_offset, int | torch.SymInt) and not has_static_value(q_offset):
+        q_offset = torch.full((), q_offset, dtype=torch.int32)  # pyright: ignore
+    if isinstance(options.get("window"), tuple | list):
+        options["window"] = tuple(constant(side) for side in options["window"])
+    return constant(q_offset), constant(scale), {name: constant(x) for name, x in options.items()}
 
 
 @torch.compiler.assume_constant_result
@@ -160,126 +204,3 @@ def _plain(name: str, x: Any) -> Any:
     if x is not None and not isinstance(x, bool | int | float | str):
         fail(name, "None, a number, a string, a bool or a pair", type(x).__name__, TypeError)
     return x
-
-
-def scaled_dot_product_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """`torch.nn.functional.scaled_dot_product_attention`, argument for argument, in linear memory.
-
-    The computation is that of `flash_attention`, also under `torch.compile` and `torch.export`.
-    Logits and sums are float32 at least, and `attn_mask`, where it is large, is all that is stored
-    of size L x S. A query that sees no key gets 0 and zero gradients.
-
-    Args:
-        query: (*batch, H, L, E), float16, bfloat16, float32 or float64; or (L, E).
-        key: (*batch, H, S, E), of query's dtype. The axes before the last two broadcast.
-        value: (*batch, H, S, Ev), of query's dtype.
-        attn_mask: broadcastable to (*batch, H, L, S): bool, True where a query sees a key, or
-            floating, added to the logits.
-        dropout_p: must be 0.
-        is_causal: whether query i sees only keys j <= i: aligned at the first position, whatever L
-            and S are. (`flash_attention` is aligned at the last.) Not with `attn_mask`.
-        scale: of the logits. Defaults to E ** -0.5.
-        enable_gqa: whether key and value may have fewer heads than query, each a number that
-            divides query's; query head n attends to key head n // (H // heads of key).
-
-    Returns:
-        out (*batch, H, L, Ev), in query's dtype.
-
-    Raises:
-        ValueError: a shape or a value is wrong, or the tensors are on several devices.
-        TypeError: a dtype or a type is wrong.
-        NotImplementedError: `dropout_p` is not 0.
-        RuntimeError: JAX does not see the device of the tensors.
-
-    Example:
-        >>> out = scaled_dot_product_attention(query, key, value, is_causal=True)
-    """
-    _check(query, key, value, attn_mask)
-    if dropout_p != 0:
-        fail("dropout_p", "0, for there is no dropout", dropout_p, NotImplementedError)
-    if attn_mask is not None and is_causal:
-        fail("attn_mask", "None where is_causal is set", f"shape {tuple(attn_mask.shape)}")
-    if enable_gqa:
-        query, key, value = _broadcast(query, *_grouped(query, key, value))
-    else:
-        query, key, value = _broadcast(query, key, value, tail=2)
-    if attn_mask is not None:
-        _check_mask(attn_mask, (*query.shape[:-1], key.shape[-2]))
-    query, key, value, attn_mask = (_autocast(x) for x in (query, key, value, attn_mask))
-    is_bool = attn_mask is not None and attn_mask.dtype == torch.bool
-    bias, mask = (None, attn_mask) if is_bool else (attn_mask, None)
-    given = (query, key, value, bias, mask, None, None, None)
-    return _call(given, 0 if is_causal else None, scale, {"causal": bool(is_causal)}, return_lse=False)
-
-
-def _check(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> None:
-    """What `flash_attention` would report under other names."""
-    for name, x in (("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask)):
-        if (x is not None and not isinstance(x, Tensor)) or (x is None and name != "attn_mask"):
-            fail(name, "a torch.Tensor", type(x).__name__, TypeError)
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.ndim < 2:
-            fail(name, "of shape (*batch, H, length, dim) or (length, dim)", f"shape {tuple(x.shape)}")
-        if x.dtype != query.dtype:
-            fail(name, f"of query's dtype {query.dtype}", x.dtype, TypeError)
-    if key.shape[-1] != query.shape[-1]:
-        fail("key", f"of query's head dim E = {query.shape[-1]}", f"shape {tuple(key.shape)}")
-    if value.shape[-2] != key.shape[-2]:
-        fail("value", f"of key's length S = {key.shape[-2]}", f"shape {tuple(value.shape)}")
-
-
-def _check_mask(attn_mask: Tensor, logits: tuple[int, ...]) -> None:
-    if attn_mask.dtype != torch.bool and not attn_mask.dtype.is_floating_point:
-        fail("attn_mask", "of dtype bool or floating", attn_mask.dtype, TypeError)
-    shape = tuple(attn_mask.shape)
-    pairs = zip(shape[::-1], logits[::-1], strict=False)
-    if len(shape) > len(logits) or any(a not in (1, b) for a, b in pairs):
-        fail("attn_mask", f"broadcastable to (*batch, H, L, S) = {logits}", f"shape {shape}")
-
-
-def _autocast(x: Any) -> Any:
-    """What `torch.autocast` makes of an argument, as of those of torch's function."""
-    if x is None:
-        return None
-    kind = x.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return x
-    if not x.dtype.is_floating_point or x.dtype == torch.float64:
-        return x
-    return x.to(torch.get_autocast_dtype(kind))
-
-
-def _grouped(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Key and value with one number of heads, which divides query's."""
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.ndim < 3:
-            fail(name, "of at least 3 axes where enable_gqa is set", f"shape {tuple(x.shape)}")
-    heads = query.shape[-3]
-    for name, x in (("key", key), ("value", value)):
-        if x.shape[-3] == 0 or heads % x.shape[-3]:
-            fail(name, f"of a head count that divides query's {heads}", f"shape {tuple(x.shape)}")
-    if key.shape[-3] == value.shape[-3]:
-        return key, value
-    key, value = (x.repeat_interleave(heads // x.shape[-3], -3) for x in (key, value))
-    return key, value
-
-
-def _broadcast(query: Tensor, key: Tensor, value: Tensor, tail: int = 3) -> tuple[Tensor, Tensor, Tensor]:
-    """The tensors with the same axes before the last `tail`."""
-    tensors = query, key, value
-    try:
-        lead = torch.broadcast_shapes(*(x.shape[:-tail] for x in tensors))
-    except RuntimeError:
-        shown = ", ".join(str(tuple(x.shape)) for x in tensors)
-        fail("query, key and value", f"of shapes that broadcast before the last {tail} axes", shown)
-    query, key, value = (x.expand(*lead, *x.shape[-tail:]) for x in tensors)
-    return query, key, value

@@ -18,9 +18,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 # With `jax_enable_x64` off JAX would make 32 bits of these.
 _WIDE = frozenset((torch.float64, torch.int64, torch.uint64, torch.complex128))
+# What both have; torch's complex32 and its quantized dtypes are its alone.
+_CROSSING = frozenset(
+    x
+    for name, x in vars(torch).items()
+    if isinstance(x, torch.dtype) and (x == torch.bool or hasattr(jnp, name))
+)
+_PLAIN_DISPATCH = torch.Tensor.__torch_dispatch__  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def is_wide(tensors: Sequence[torch.Tensor]) -> bool:
@@ -43,6 +51,7 @@ def common_device(tensors: Sequence[torch.Tensor]) -> torch.device:
 
     Raises:
         ValueError: they are on several devices.
+        TypeError: one is not strided (but sparse or nested, say).
     """
     if not tensors:
         return torch.get_default_device()
@@ -51,6 +60,8 @@ def common_device(tensors: Sequence[torch.Tensor]) -> torch.device:
         if x.device != device:
             shown = ", ".join(sorted({str(x.device) for x in tensors}))
             raise ValueError(f"all tensors must be on one device, got {shown}: move them with Tensor.to")
+        if x.layout != torch.strided:
+            raise TypeError(f"tensors must be strided, got {x.layout}: make them dense with Tensor.to_dense")
     return device
 
 
@@ -96,14 +107,30 @@ def to_jax(x: torch.Tensor) -> jax.Array:
     memory, or start at an address that is not aligned.
 
     Raises:
-        TypeError: the tensor is not strided (but sparse, say).
+        TypeError: JAX has no such dtype, or the tensor has no memory of its own (but is fake, say).
     """
-    if x.layout != torch.strided:
-        raise TypeError(f"tensors must be strided, got {x.layout}: make them dense with Tensor.to_dense")
+    if type(x) is not torch.Tensor and getattr(type(x), "__torch_dispatch__") is not _PLAIN_DISPATCH:  # noqa: B009
+        raise TypeError(f"tensors must have memory of their own, got {type(x).__name__}: make them plain")
+    if x.dtype not in _CROSSING:
+        raise TypeError(f"tensors must be of a dtype that JAX has, got {x.dtype}: convert with Tensor.to")
     x = x.detach().resolve_conj().resolve_neg().contiguous()
     if x.device.type == "cpu" and x.is_pinned():
         x = x.clone()
     return jax.dlpack.from_dlpack(x)
+
+
+def refuse_tracing() -> None:
+    """Rejects calls whose operations torch records, for it would take the results for constants.
+
+    Raises:
+        RuntimeError: torch traces, exports or fakes what it runs.
+    """
+    modes = _get_current_dispatch_mode_stack()
+    if torch._C._get_tracing_state() is not None or any(mode.is_infra_mode() for mode in modes):
+        raise RuntimeError(
+            "functions of jax2torch cannot be traced, exported or run on fake tensors: "
+            "flash_attention_jax.torch.flash_attention can"
+        )
 
 
 def to_torch(x: jax.Array) -> torch.Tensor:

@@ -48,8 +48,9 @@ class Apply(torch.autograd.Function):
         ctx.pull, ctx.frame.pull = ctx.frame.pull, None
         ctx.wrt = ctx.frame.wrt
         ctx.count = len(tensors)
-        ctx.save_for_backward(*tensors, *(output if ctx.program.reads_results else ()))
-        ctx.save_for_forward(*tensors)
+        read = *tensors, *(output if ctx.program.reads_results else ())
+        ctx.save_for_backward(*read)
+        ctx.save_for_forward(*read)
         ctx.floating = tuple(i for i, x in enumerate(output) if is_differentiable(x))
         ctx.results = len(output)
         ctx.mark_non_differentiable(*(x for x in output if not is_differentiable(x)))
@@ -83,7 +84,7 @@ class Apply(torch.autograd.Function):
         """The tangents of the floating results."""
         ctx.pull = None  # Its residuals have no tangents.
         moved = tuple(i for i, x in enumerate(tangents[2:]) if x is not None)
-        values = [*ctx.saved_tensors[: ctx.count], *(tangents[2 + i] for i in moved)]
+        values = [*ctx.saved_tensors, *(tangents[2 + i] for i in moved)]
         found = apply(ctx.program.jvp(moved), ctx.frame.another(), values)
         results: list[torch.Tensor | None] = [None] * ctx.results
         for i, tangent in zip(ctx.floating, found, strict=True):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import torch
 
 from flash_attention_jax.torch._crossing import x64_is_on
@@ -32,7 +34,7 @@ def jax2torch(f: Callable[..., Any]) -> Callable[..., Any]:
 
     Args:
         f: a function of any arguments, containers of them (tuples, lists, dicts, NamedTuples, other
-            pytrees) and None, that returns a pytree of arrays.
+            pytrees) and None, that returns a pytree of arrays and numbers, which become tensors.
 
     Returns:
         The function of tensors in place of arrays. Results have the structure of f's, NamedTuples
@@ -41,9 +43,9 @@ def jax2torch(f: Callable[..., Any]) -> Callable[..., Any]:
 
     Raises:
         TypeError: `f` is not callable; in a call, a static argument is not hashable, a tensor is
-            sparse, or a result has a dtype that torch lacks.
+            sparse, or a dtype is one that the other side lacks.
         ValueError: in a call, the tensors are on several devices.
-        RuntimeError: in a call, JAX does not see the device of the tensors.
+        RuntimeError: in a call, JAX does not see the device of the tensors, or torch traces it.
 
     Example:
         >>> attend = jax2torch(flash_attention_jax.flash_attention)
@@ -51,24 +53,45 @@ def jax2torch(f: Callable[..., Any]) -> Callable[..., Any]:
     """
     if not callable(f):
         raise TypeError(f"f must be callable, got {type(f).__name__}")
-    programs: dict[Hashable, Program] = {}
+    return OfTensors(f)
+
+
+class OfTensors:
+    """What `jax2torch` returns: it is copied, pickled and bound to instances as a function is."""
+
+    def __init__(self, f: Callable[..., Any]):
+        functools.update_wrapper(self, f)
+        self._f = f
+        self._programs: dict[Hashable, Program] = {}
 
     @torch.compiler.disable(reason="JAX flattens the arguments")
-    @functools.wraps(f)
-    def of_tensors(*args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves, tree = jax.tree.flatten((args, kwargs))
         tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
         static = tuple(_TENSOR if isinstance(x, torch.Tensor) else _key(x) for x in leaves)
         # Derivatives, which may run in another thread, run under the x64 of this call.
         wide = x64_is_on()
-        program = programs.get((tree, static, wide))
+        program = self._programs.get((tree, static, wide))
         if program is None:
-            program = programs[tree, static, wide] = Program(_of_arrays(f, leaves, tree))
+            program = self._programs[tree, static, wide] = Program(_of_arrays(self._f, leaves, tree))
         frame = Frame(wide=wide)
         results = apply(program, frame, tensors)
         return jax.tree.unflatten(frame.tree, results)
 
-    return of_tensors
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        return self if instance is None else types.MethodType(self, instance)
+
+    def __repr__(self) -> str:
+        return f"jax2torch({self._f!r})"
+
+    def __reduce__(self) -> Any:
+        return jax2torch, (self._f,)
+
+    def __copy__(self) -> OfTensors:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> OfTensors:
+        return self
 
 
 _TENSOR = object()
@@ -93,6 +116,13 @@ def _of_arrays(f: Callable[..., Any], leaves: list[Any], tree: Any) -> Callable[
     def of_arrays(bound: Any, arrays: list[jax.Array]) -> Any:
         given = iter(arrays)
         args, kwargs = jax.tree.unflatten(tree, [next(given) if x is _TENSOR else x for x in template])
-        return f(*args, **kwargs)
+        return jax.tree.map(_array, f(*args, **kwargs))
 
     return of_arrays
+
+
+def _array(x: Any) -> jax.Array:
+    try:
+        return jnp.asarray(x)
+    except TypeError:
+        raise TypeError(f"results must be arrays or numbers, got {type(x).__name__}") from None

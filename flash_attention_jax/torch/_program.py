@@ -16,6 +16,7 @@ from flash_attention_jax.torch._crossing import (
     is_wide,
     jax_device,
     on_device,
+    refuse_tracing,
     to_jax,
     to_torch,
     x64_is_on,
@@ -56,7 +57,7 @@ class Program:
     order and batches of them are programs again.
     """
 
-    # Whether `vjp` takes the results as well, between the tensors and the cotangents.
+    # Whether `vjp` and `jvp` take the results as well, between the tensors and what is linear.
     reads_results = False
 
     def __init__(self, function: Function):
@@ -72,6 +73,8 @@ class Program:
             ValueError: the tensors are on several devices.
             RuntimeError: JAX does not see their device.
         """
+        if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+            refuse_tracing()
         device = common_device(tensors)
         target = jax_device(device)
         frame.wide = frame.wide or is_wide(tensors)
