@@ -32,21 +32,20 @@ memory once for each tile. The weights of hidden pairs are replaced, and gradien
 is 0. Queries that see no key stand in blocks that are visible in part: where there are such, their rows of Q
 and dO become 0 in shared memory. Rows beyond the last query have lse = inf.
 
-Tried and lost: TFLOP/s of the backward pass alone, 2.5 times the forward's FLOPs (bfloat16, 16384 tokens, 2048
-wide, JAX 0.11.2), each beside this form in the same run; runs differ by 3 %. On an H200:
+Tried and lost: TFLOP/s of the backward pass alone, 2.5 times the forward's FLOPs (bfloat16, 16384 tokens,
+2048 wide, JAX 0.11.2), each beside this form in the same run; runs differ by 3 %. On an H200, at head dims 64
+and 128, full and causal:
 
-    head dim                64 full  64 causal  128 full  128 causal
-    this form               526      505        566       552         `_backward_configs` on causal order
-    dQ in its own step      386      462        539       513         consumers wait for each other's dS, and
-                                                                      compute and multiply at the same time
-    all products of a step  490      485        518       533         dS of the step before waited for at the
-    in one sequence                                                   start, dV before dS, dS under dV
-    delta subtracted        485      481        527       522         instead of dP starting at minus delta
-    pieces of 64 columns    513      -          562       -           one of 64 columns of dQ on its way, not two
-                                                                      of 32
-    three blocks of Q       -        -          557       -
-    two kernels             577 599  571 573    672 729   629 693     dK and dV, dQ: 4 and 3 products, which is
-                                                                      `deterministic`
+    this form                     526  505  566  552
+    dQ in its own step            386  462  539  513  consumers wait for each other's dS; they compute at the
+                                                      same time, and multiply at the same time
+    one sequence of products      490  485  518  533  dS of the step before waited for at the start; dV issued
+                                                      before dS is computed, everything else under a product
+    delta subtracted              485  481  527  522  instead of dP starting at minus delta
+    one piece of 64 columns       513  -    562  -    of dQ on its way, not two of 32
+    three blocks of Q             -    -    557  -
+    two kernels, of dK and dV     577  571  672  629  4 products
+                and of dQ         599  573  729  693  3 products, which is `deterministic`
 
 Of the form with dQ in its own step, on an H100:
 

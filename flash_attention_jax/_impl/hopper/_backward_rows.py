@@ -1,9 +1,9 @@
 """The backward kernel's block of queries where consumers divide the keys of a tile.
 
 A consumer has some rows of S^T, dP^T, dK and dV, from the first product to the last in registers. Only dQ
-needs the keys of all: each writes its rows of dS^T to shared memory, and takes its share of the product a step
-later. So no consumer waits for another's part of the same block, and one computes while the products of the
-other run.
+needs the keys of all: each writes its rows of dS^T to shared memory, and takes its share of the product a
+step later. So no consumer waits for another's part of the same block, and one computes while the products of
+the other run.
 """
 
 from __future__ import annotations

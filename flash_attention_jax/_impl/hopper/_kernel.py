@@ -43,8 +43,8 @@ On an H200:
     head dim 128 full      queries in registers 614, in shared memory 602; causal 585 and 588
     softmax before wait    ptxas moves the exponentials behind the wait for the sums of the block before, so
                            that only the maximum runs under these. A store that needs all exponentials, which
-                           ptxas does not move, keeps them before it, and costs. Full 64, 128, 256: 488 instead
-                           of 494, 591 instead of 595, 615 instead of 662; causal 430 instead of 455, 563
+                           ptxas does not move, keeps them before it, and costs. Full 64, 128, 256: 488 for
+                           494, 591 instead of 595, 615 instead of 662; causal 430 instead of 455, 563
                            instead of 582, 594 instead of 607. The products of the other consumer run anyway.
 """
 
