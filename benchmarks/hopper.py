@@ -445,13 +445,13 @@ def summary(results: list[dict[str, Any]]) -> None:
 
 
 def tags(job: dict[str, Any]) -> set[str]:
-    """What `--only` selects a job by: kind, shape and form; "alone" and "tune" for variants."""
+    """What `--only` selects a job by: kind, shape, form; "table" for what is compared with cuDNN."""
     form = job.get("form", "fused") if job.get("backward") else ""
     found = {job["kind"], job["shape"], form}
     if job.get("alone"):
         found |= {"alone", f"alone-{form}"}
-    if job.get("change"):
-        found.add("tune")
+    elif job["kind"] != "check" and not job.get("change"):
+        found.add("table")
     return found
 
 
@@ -463,7 +463,9 @@ def main() -> None:
     parser.add_argument("--patience", type=float, default=75, help="seconds without news that mean a hang")
     parser.add_argument("--backward", action="store_true", help="the backward kernel instead of the forward")
     parser.add_argument("--unchecked", action="store_true", help="leave out the checks against the oracle")
-    parser.add_argument("--only", default="", help="kinds, shapes or forms of jobs, by comma; all by default")
+    parser.add_argument(
+        "--only", default="", help="kinds, shapes or forms of jobs by comma, or table, alone; all by default"
+    )
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker is None:

@@ -17,6 +17,7 @@ from flash_attention_jax.__main__ import main
 from flash_attention_jax._arguments import normalize
 from flash_attention_jax._cli import check, demo
 from flash_attention_jax._dispatch import IMPLEMENTATIONS
+from flash_attention_jax._impl.hopper import _refuses
 from flash_attention_jax._mask import visible_pairs
 from flash_attention_jax._problem import Operands
 from flash_attention_jax.testing import CASES, Verdict
@@ -149,6 +150,34 @@ def test_check_as_json(capsys):
         assert all(v["within"] and v["error"] <= v["budget"] for v in result["verdicts"])
 
 
+def test_check_takes_all_cases_in_a_dtype(capsys):
+    assert (
+        main(["check", "--case", "long", "--dtype", "bfloat16", "--implementation", "hopper", "--json"]) == 0
+    )
+    found = {r["case"]: r["refused"] for r in json.loads(capsys.readouterr().out)["results"]}
+    expected = {c.name for c in CASES if "long" in c.name and c.dtype in ("float32", "bfloat16")}
+    assert set(found) == expected
+    turned = check._in_dtype(CASES, "bfloat16")
+    assert {c.dtype for c in turned} == {"bfloat16"}
+    taken = [c for c in turned if not why_not_bfloat16(c)]
+    assert len(taken) > 30
+
+
+def why_not_bfloat16(case):
+    arguments = case.arguments()
+    operands = Operands(**{n: arguments.pop(n) for n in Operands._fields if n in arguments})
+    problem, _, _ = normalize(operands, arguments.pop("segment_ids", None), **arguments)
+    return _refuses.of_problem(problem)
+
+
+def test_parts_of_check_share_the_table(capsys):
+    names = []
+    for part in ("1/2", "2/2"):
+        assert main(["check", "--case", "one-", "--implementation", "hopper", "--part", part, "--json"]) == 0
+        names += [r["case"] for r in json.loads(capsys.readouterr().out)["results"]]
+    assert sorted(names) == sorted(c.name for c in CASES if "one-" in c.name)
+
+
 def test_check_finds_a_wrong_result(capsys, replaced):
     replaced(forward=_slightly_wrong)
     assert main(["check", "--case", "two-axes"]) == 1
@@ -214,6 +243,8 @@ def test_ratio_of_a_budget_of_zero():
     [
         (["check", "--case", "nope"], "no case has 'nope' in its name"),
         (["check", "--implementation", "nope"], "invalid choice: 'nope'"),
+        (["check", "--dtype", "int32"], "invalid choice: 'int32'"),
+        *((["check", "--part", x], f"must be I/N with 1 <= I <= N, got '{x}'") for x in ("3/2", "0/1", "1")),
         (["demo", "--length", "0"], "must be a positive integer, was '0'"),
         (["explain"], "--q"),
         (["explain", "--q", "8,x"], "must be a shape such as 1,8,4096,64, was '8,x'"),

@@ -37,8 +37,10 @@ def test_the_signature_is_that_of_jax_nn_and_more_by_keyword():
     assert [(p.name, p.kind, p.default) for p in ours[: len(expected)]] == [
         (p.name, p.kind, p.default) for p in expected
     ]
-    assert [p.name for p in ours[len(expected) :]] == ["softcap", "precision"]
-    assert all(p.kind is p.KEYWORD_ONLY and p.default is None for p in ours[len(expected) :])
+    more = [(p.name, p.kind, p.default) for p in ours[len(expected) :]]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    options = ("softcap", None), ("precision", None), ("deterministic", False)
+    assert more == [(name, keyword, default) for name, default in options]
 
 
 ARGUMENTS = {

@@ -395,6 +395,10 @@ BAD = [
         bad(f"softcap {x}", ValueError, "None or from 1e-30 to 1e+30", x, softcap=x)
         for x in (1e300, 1e31, 1e-31)
     ),
+    *(
+        bad(f"deterministic {x!r}", TypeError, "True or False", repr(x), deterministic=x)
+        for x in (None, 1, "yes")
+    ),
     *(bad(f"precision {x!r}", ValueError, PRECISION, repr(x), precision=x) for x in ("fast", "HIGHEST", "")),
     *(
         bad(f"precision {type(x).__name__}", TypeError, PRECISION, type(x).__name__, precision=x)

@@ -27,6 +27,7 @@ from flash_attention_jax import Unsupported, flash_attention
 from flash_attention_jax._attend import Call, attend
 from flash_attention_jax._impl.hopper import IMPLEMENTATION
 from flash_attention_jax._impl.hopper import _backward_configs as configs
+from flash_attention_jax._impl.hopper import _dq_configs as dq_configs
 from flash_attention_jax._mask import Cover, Masks, block_map
 from flash_attention_jax._problem import Operands, arrange
 
@@ -41,13 +42,14 @@ def test_every_head_dim_fits_the_multiprocessor(length, causal):
         for Dv in range(8, 257, 8):
             one = dataclasses.replace(problem, D=D, Dv=Dv)
             assert configs.refuses_backward(one) is None
+            assert dq_configs.too_large_dq(one, dq_configs.choose_dq_config(one)) is None
 
 
 def test_sizes_that_do_not_fit_are_told():
     problem, _ = described((1, 2, 512, 128), (1, 2, 512, 128))
     fits = configs.choose_backward_config(problem)
     more = configs.too_large_backward(problem, dataclasses.replace(fits, stages_q=5))
-    assert more == "tiles take 249856 bytes of shared memory, a thread block has 232448"
+    assert more == "tiles take 266240 bytes of shared memory, a thread block has 232448"
     wider = configs.too_large_backward(problem, dataclasses.replace(fits, keys=128, consumers=1))
     assert wider == "tiles take 424 registers of a thread, it has 240"
 
@@ -121,7 +123,9 @@ def test_visits_are_those_of_the_block_map(name, block_q):
 # Lowering.
 
 
-def traced(problem, operands, implementation="hopper"):
+def traced(problem, operands, implementation="hopper", **options):
+    problem = dataclasses.replace(problem, **options)
+
     def loss(*arrays):
         given = arrange(problem, Operands.given(problem, arrays))
         out, lse = attend(Call(problem, implementation), given)
@@ -131,15 +135,17 @@ def traced(problem, operands, implementation="hopper"):
 
 
 @pytest.mark.parametrize("name", LOWERED)
-def test_lowers_for_cuda(name):
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_lowers_for_cuda(name, deterministic):
     problem, operands = described(**LOWERED[name])
-    found = traced(problem, operands)
+    found = traced(problem, operands, deterministic=deterministic)
     if not NEW:
         with pytest.raises(Unsupported, match=re.escape(TOO_OLD)):
             found.lower(lowering_platforms=("cuda",))
         return
     shown = found.lower(lowering_platforms=("cuda",)).as_text()
     assert "flash_attention_hopper_backward" in shown
+    assert ("flash_attention_hopper_dq" in shown) == deterministic
 
 
 # The head dim, and what is changed.
@@ -173,22 +179,35 @@ def test_every_choice_of_sizes_lowers(name):
     assert "mosaic_gpu" in lowered.as_text()
 
 
-@pytest.mark.parametrize("of", ["q", "k"])
-def test_only_what_is_asked_for_is_computed(of):
+# What is asked for, the kernels that compute it, and whether one of them adds to an array of dQ.
+WANTED = {
+    "q, k and v": ((0, 1, 2), {}, ["backward"], True),
+    "k": ((1,), {}, ["backward"], False),
+    "q": ((0,), {}, ["dq"], False),
+    "in one order": ((0, 1, 2), {"deterministic": True}, ["backward", "dq"], False),
+    "k in one order": ((1,), {"deterministic": True}, ["backward"], False),
+}
+
+
+@pytest.mark.parametrize("name", WANTED)
+def test_only_what_is_asked_for_is_computed(name):
+    of, options, kernels, added = WANTED[name]
     x = struct(2, 256, 64)
 
     def loss(q, k, v):
-        return jnp.sum(flash_attention(q, k, v, implementation="hopper").out.astype(jnp.float32))
+        out = flash_attention(q, k, v, implementation="hopper", **options).out
+        return jnp.sum(out.astype(jnp.float32))
 
-    found = jax.jit(jax.grad(loss, "qkv".index(of))).trace(x, x, x)
+    found = jax.jit(jax.grad(loss, of)).trace(x, x, x)
     if not NEW:
         with pytest.raises(Unsupported, match=re.escape(TOO_OLD)):
             found.lower(lowering_platforms=("cuda",))
         return
     shown = found.lower(lowering_platforms=("cuda",)).as_text()
-    assert "flash_attention_hopper_backward" in shown
-    # The array that dQ is added to: heads times rows.
-    assert ("tensor<512x64xf32>" in shown) == (of == "q")
+    for kernel in ("backward", "dq"):
+        assert (f"flash_attention_hopper_{kernel}" in shown) == (kernel in kernels)
+    # The array that dQ is added to: rows of all heads, and a block that belongs to none.
+    assert ("tensor<640x64xf32>" in shown) == added
 
 
 # Numbers.

@@ -530,3 +530,26 @@ def test_errors_of_scaled_dot_product_attention(arguments, error, message):
     with pytest.raises(error) as raised:
         scaled_dot_product_attention(*tensors, **options)
     assert str(raised.value) == message
+
+
+@pytest.mark.parametrize("switched", [False, True])
+def test_deterministic_follows_the_switch_of_torch(switched, monkeypatch):
+    seen = []
+    described = _attention._described
+
+    def remember(names, options):
+        seen.append(dict(options).get("deterministic", False))
+        return described(names, options)
+
+    monkeypatch.setattr(_attention, "_described", remember)
+    x = torch.randn(2, 5, 4)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(switched)
+    try:
+        flash_attention(x, x, x)
+        scaled_dot_product_attention(x, x, x)
+        flash_attention(x, x, x, deterministic=False)
+        flash_attention(x, x, x, deterministic=True)
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert seen == [switched, switched, False, True]

@@ -33,6 +33,7 @@ def flash_attention(
     scale: float | Tensor | None = None,
     softcap: float | None = None,
     precision: str | jax.lax.Precision | None = None,
+    deterministic: bool | None = None,
     implementation: str | None = None,
     return_lse: Literal[False] = False,
 ) -> Tensor: ...
@@ -54,6 +55,7 @@ def flash_attention(
     scale: float | Tensor | None = None,
     softcap: float | None = None,
     precision: str | jax.lax.Precision | None = None,
+    deterministic: bool | None = None,
     implementation: str | None = None,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
@@ -74,6 +76,7 @@ def flash_attention(
     scale: float | Tensor | None = None,
     softcap: float | None = None,
     precision: str | jax.lax.Precision | None = None,
+    deterministic: bool | None = None,
     implementation: str | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -105,6 +108,8 @@ def flash_attention(
             gradient. Defaults to D ** -0.5.
         softcap: c makes the logits c * tanh(logits / c) before `bias` is added.
         precision: of float32 matrix products: "highest" (also None), "high" or "default".
+        deterministic: whether gradients must have the same bits on every run; None is
+            `torch.are_deterministic_algorithms_enabled()`.
         implementation: a name from `flash_attention_jax.explain`, or None for the best.
         return_lse: whether to return the log of the sum of exponentials as well.
 
@@ -129,7 +134,7 @@ def flash_attention(
         fail("segment_ids", "a pair (of queries, of keys) where T and S differ", f"one tensor, {lengths}")
     given = (q, k, v, bias, mask, key_mask, *pair)
     options: dict[str, Any] = {"causal": causal, "window": window, "softcap": softcap}
-    options |= {"precision": precision, "implementation": implementation}
+    options |= {"precision": precision, "deterministic": deterministic, "implementation": implementation}
     out, lse = attend(given, q_offset, scale, options)
     return (out, lse) if return_lse else out
 
@@ -143,6 +148,8 @@ def attend(given: Sequence[Any], q_offset: Any, scale: Any, options: dict[str, A
         scale: a number, a tensor or None.
         options: the other arguments of `flash_attention`.
     """
+    if options.get("deterministic") is None:
+        options["deterministic"] = torch.are_deterministic_algorithms_enabled()
     if torch.compiler.is_compiling():
         q_offset, scale, options = _without_symbols(q_offset, scale, options)
     offset_and_scale = {"q_offset": q_offset, "scale": scale}

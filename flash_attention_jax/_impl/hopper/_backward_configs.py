@@ -9,6 +9,7 @@ import dataclasses
 import math
 
 from flash_attention_jax._impl.hopper._configs import Chunks, chunks, exceeded, static_band
+from flash_attention_jax._impl.hopper._dq_configs import choose_dq_config, too_large_dq
 from flash_attention_jax._problem import Problem
 
 # `setmaxnreg` for consumers and producer, by the number of consumers; see `_configs.REGISTERS`.
@@ -220,4 +221,4 @@ def refuses_backward(problem: Problem) -> str | None:
     config = choose_backward_config(problem)
     if config is None:
         return f"it takes head dims up to {_TABLE[-1][0]}, not {max(problem.D, problem.Dv)}"
-    return too_large_backward(problem, config)
+    return too_large_backward(problem, config) or too_large_dq(problem, choose_dq_config(problem))
