@@ -155,11 +155,12 @@ def attention(
     scale: float | Float[Array, ""] | None = None,
     softcap: float | None = None,
     precision: str | jax.lax.Precision | None = None,
+    deterministic: bool = False,
 ) -> Float[Array, "*batch T Dv"]:
     """Plain attention: the textbook formula, which stores the T x S matrix.
 
     The meaning of every argument, the dtypes and the errors are those of `flash_attention`; it
-    always runs the same formula, so it takes no `implementation`.
+    always runs the same formula, so it takes no `implementation`, and `deterministic` changes nothing.
 
     Returns:
         out (*batch, [N,] T, Dv), in q's dtype.
@@ -185,6 +186,7 @@ def attention(
         scale=scale,
         softcap=softcap,
         precision=precision,
+        deterministic=deterministic,
     ).out
 
 
