@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from flash_attention_jax._impl.hopper._backward_blocks import BackwardPlan, tables
@@ -20,7 +19,7 @@ from flash_attention_jax._impl.hopper._backward_kernel import differentiate
 from flash_attention_jax._impl.hopper._backward_memory import BackwardMemory, scratch
 from flash_attention_jax._impl.hopper._blocks import Tables, multiprocessors
 from flash_attention_jax._impl.hopper._statistics import statistics
-from flash_attention_jax._impl.hopper._warpgroups import compiler_params
+from flash_attention_jax._impl.hopper._warpgroups import launch
 from flash_attention_jax._problem import Operands, Problem
 
 Array = Any
@@ -74,17 +73,14 @@ def backward(
         differentiate(plan, arrays, BackwardMemory.of(p, config, buffers, interpret is not None))
 
     results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands[1:3]]
-    dk, dv = plgpu.kernel(
+    dk, dv = launch(
         body,
-        out_type=results,
-        scratch_types=scratch(p, config, interpret is not None),
-        grid=(blocks,),
-        grid_names=("block",),
-        num_threads=config.threads,
-        thread_name="warpgroup",
-        compiler_params=compiler_params(config.lane),
-        kernel_name="flash_attention_hopper_backward",
-        interpret=interpret,
+        results,
+        scratch(p, config, interpret is not None),
+        config,
+        blocks,
+        "backward",
+        interpret,
     )(*inputs.values(), *read.values(), *([] if dq is None else [dq]))
     gradients = {"k": dk, "v": dv}
     if dq is not None:

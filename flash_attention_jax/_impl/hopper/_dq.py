@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from flash_attention_jax._impl.hopper._blocks import Plan, Tables, launched, multiprocessors, tables
@@ -13,7 +12,7 @@ from flash_attention_jax._impl.hopper._dq_configs import DqConfig, choose_dq_con
 from flash_attention_jax._impl.hopper._dq_kernel import DqArrays, DqMemory, differentiate_queries, scratch
 from flash_attention_jax._impl.hopper._schedule import schedule
 from flash_attention_jax._impl.hopper._statistics import statistics
-from flash_attention_jax._impl.hopper._warpgroups import compiler_params
+from flash_attention_jax._impl.hopper._warpgroups import launch
 from flash_attention_jax._problem import Operands, Problem
 
 Array = Any
@@ -51,15 +50,12 @@ def query_gradient(
         memory = DqMemory.of(p, buffers, interpret is not None)
         differentiate_queries(plan, DqArrays(q, k, v, do, of_rows, dq, read), memory)
 
-    return plgpu.kernel(
+    return launch(
         body,
-        out_type=jax.ShapeDtypeStruct(operands.q.shape, jnp.dtype(p.dtype)),
-        scratch_types=scratch(p, config, interpret is not None),
-        grid=(blocks,),
-        grid_names=("block",),
-        num_threads=config.threads,
-        thread_name="warpgroup",
-        compiler_params=compiler_params(config.lane),
-        kernel_name="flash_attention_hopper_dq",
-        interpret=interpret,
+        jax.ShapeDtypeStruct(operands.q.shape, jnp.dtype(p.dtype)),
+        scratch(p, config, interpret is not None),
+        config,
+        blocks,
+        "dq",
+        interpret,
     )(*operands[:3], dout, of_rows, *given.values())

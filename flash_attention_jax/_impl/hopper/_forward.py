@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from flash_attention_jax._impl.base import Device
@@ -14,7 +13,7 @@ from flash_attention_jax._impl.hopper._configs import Config, choose_config
 from flash_attention_jax._impl.hopper._kernel import Arrays, attend
 from flash_attention_jax._impl.hopper._memory import Memory, scratch
 from flash_attention_jax._impl.hopper._schedule import schedule
-from flash_attention_jax._impl.hopper._warpgroups import compiler_params
+from flash_attention_jax._impl.hopper._warpgroups import launch
 from flash_attention_jax._problem import Operands, Problem
 
 
@@ -51,19 +50,16 @@ def forward(
         memory = Memory.of(p, config, buffers, interpret is not None)
         attend(plan, Arrays(q, k, v, out, lse, read), memory)
 
-    out, lse = plgpu.kernel(
+    out, lse = launch(
         body,
-        out_type=(
+        (
             jax.ShapeDtypeStruct((p.B, *rows, p.Dv), jnp.dtype(p.dtype)),
             jax.ShapeDtypeStruct((p.B, p.N, length), jnp.float32),
         ),
-        scratch_types=scratch(p, config, interpret is not None),
-        grid=(blocks,),
-        grid_names=("block",),
-        num_threads=config.threads,
-        thread_name="warpgroup",
-        compiler_params=compiler_params(config.lane),
-        kernel_name="flash_attention_hopper_forward",
-        interpret=interpret,
+        scratch(p, config, interpret is not None),
+        config,
+        blocks,
+        "forward",
+        interpret,
     )(*operands[:3], *(x for x in given if x is not None))
     return out, lse if length == p.T else lse[..., : p.T]

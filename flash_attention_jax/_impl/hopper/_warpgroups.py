@@ -65,13 +65,34 @@ def rows_of(problem: Problem, ref: Any, batch: Any, head: Any) -> Any:
     return ref.at[batch, :, head]
 
 
-def compiler_params(lane: bool) -> Any:
-    """Of `plgpu.kernel`; `lane` is that of the configurations."""
+def launch(
+    body: Any, results: Any, buffers: dict[str, Any], config: Any, blocks: int, name: str, interpret: Any
+) -> Callable[..., Any]:
+    """A kernel, of the arrays that body(*arrays, *results, **buffers) takes to the results.
+
+    Args:
+        results: `jax.ShapeDtypeStruct`s.
+        buffers: what `scratch` made.
+        config: its `threads` and its `lane`.
+        blocks: thread blocks.
+        interpret: a `plgpu.InterpretGPUParams`, or None on a GPU.
+    """
     semantics = plgpu.LoweringSemantics
-    return plgpu.CompilerParams(
-        approx_math=True,
-        # The barriers in the kernel order all that needs order.
-        unsafe_no_auto_barriers=True,
-        reduction_scratch_bytes=0,
-        lowering_semantics=semantics.Lane if lane else semantics.Warpgroup,
+    return plgpu.kernel(
+        body,
+        out_type=results,
+        scratch_types=buffers,
+        grid=(blocks,),
+        grid_names=("block",),
+        num_threads=config.threads,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            # The barriers in the kernel order all that needs order.
+            unsafe_no_auto_barriers=True,
+            reduction_scratch_bytes=0,
+            lowering_semantics=semantics.Lane if config.lane else semantics.Warpgroup,
+        ),
+        kernel_name=f"flash_attention_hopper_{name}",
+        interpret=interpret,
     )
