@@ -26,67 +26,81 @@ def arrays(given: Any) -> tuple[Any, ...]:
 
 def function(job: dict[str, Any], given: Any) -> Any:
     """What a job runs on `arrays`: their gradients."""
+    return _peer(given) if job["kind"] == "cudnn" else _ours(job, given.problem)
+
+
+def _peer(given: Any) -> Any:
+    import jax
+
+    if given.problem.key_mask or given.problem.segments:
+        raise ValueError("its mask would be dense here")
+
+    def gradients(q, k, v, dout, dlse):
+        def forward(*operands):
+            return jax.nn.dot_product_attention(
+                *operands,
+                is_causal=given.causal,
+                local_window_size=given.window,
+                implementation="cudnn",
+            )
+
+        return jax.vjp(forward, q, k, v)[1](dout)
+
+    return gradients
+
+
+def _ours(job: dict[str, Any], p: Any) -> Any:
     import jax
     import jax.numpy as jnp
 
     from flash_attention_jax._formulas import delta_of
     from flash_attention_jax._impl.base import Device
-    from flash_attention_jax._impl.hopper import _backward, _backward_configs, _dq, _dq_configs, _forward
+    from flash_attention_jax._impl.hopper import _backward_configs, _forward
     from flash_attention_jax._problem import Operands
 
-    p = given.problem
-    if job["kind"] == "cudnn":
-        if p.key_mask or p.segments:
-            raise ValueError("its mask would be dense here")
-
-        def peer(q, k, v, dout, dlse):
-            def forward(*operands):
-                return jax.nn.dot_product_attention(
-                    *operands,
-                    is_causal=given.causal,
-                    local_window_size=given.window,
-                    implementation="cudnn",
-                )
-
-            return jax.vjp(forward, q, k, v)[1](dout)
-
-        return peer
     reason = _backward_configs.refuses_backward(p)
     if reason is not None:
         raise ValueError(reason)
     device = Device("cuda", jax.devices()[0].device_kind)
 
-    def backward(*given_arrays):
-        form, change = job.get("form", "fused"), job.get("change", {})
-        if form == "fused":
-            config = dataclasses.replace(_backward_configs.choose_backward_config(p), **change)
-            return _backward.backward(*given_arrays, NAMES, config=config)
-        results = []
-        if form in ("dq", "deterministic"):
-            config = dataclasses.replace(_dq_configs.choose_dq_config(p), **(change if form == "dq" else {}))
-            results.append(_dq.query_gradient(*given_arrays, config=config))
-        if form in ("dkv", "deterministic"):
-            config = _backward_configs.choose_backward_config(p)
-            config = dataclasses.replace(config, **(change if form == "dkv" else {}))
-            results += _backward.backward(*given_arrays, NAMES[1:], config=config)
-        return results
-
-    def ours(*given_arrays):
+    def gradients(*given_arrays):
         *operands, dout, dlse = given_arrays
         operands = Operands.given(p, operands)
         if job.get("alone"):
-            # The right order of magnitude is enough for the time.
+            # The right order of magnitude. Small weights take less power, so that this is faster than after a
+            # forward pass.
             lse = jnp.full((p.B, p.N, p.T), 10.0, jnp.float32) + 0 * dlse
-            return backward(p, operands, lse, dout, dlse)
+            return _backward_of(job, p, operands, lse, dout, dlse)
         out, lse = _forward.forward(p, operands, device)
         if job["kind"] == "time":
             dlse = jnp.zeros_like(dlse)
         delta = delta_of(p, out, dout, jnp.where(lse == -jnp.inf, 0, dlse))
         if job["kind"] == "check":
             operands, dout, delta = _with_dead_rows_of_nan(p, operands, lse, dout, delta)
-        return backward(p, operands, lse, dout, delta)
+        return _backward_of(job, p, operands, lse, dout, delta)
 
-    return ours
+    return gradients
+
+
+def _backward_of(job: dict[str, Any], problem: Any, *arrays: Any) -> list[Any]:
+    """The backward pass in the form of a job, whose change is for the one kernel that it names."""
+    from flash_attention_jax._impl.hopper import _backward, _backward_configs, _dq, _dq_configs
+
+    form, change = job.get("form", "fused"), job.get("change", {})
+    fused = dataclasses.replace(
+        _backward_configs.choose_backward_config(problem), **({} if form == "dq" else change)
+    )
+    if form == "fused":
+        return _backward.backward(problem, *arrays, NAMES, config=fused)
+    results = []
+    if form in ("dq", "deterministic"):
+        config = dataclasses.replace(
+            _dq_configs.choose_dq_config(problem), **(change if form == "dq" else {})
+        )
+        results.append(_dq.query_gradient(problem, *arrays, config=config))
+    if form in ("dkv", "deterministic"):
+        results += _backward.backward(problem, *arrays, NAMES[1:], config=fused)
+    return results
 
 
 def _with_dead_rows_of_nan(problem: Any, operands: Any, lse: Any, dout: Any, delta: Any) -> tuple[Any, ...]:
