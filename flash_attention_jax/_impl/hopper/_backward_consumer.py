@@ -232,8 +232,12 @@ class BackwardConsumer(abc.ABC):
     def send(self, tile: Tile, block: Any, values: list[Array]) -> None:
         """Adds this consumer's share of a block of dQ, counted over all heads."""
         m, c = self.memory, self.plan.config
-        to = self.arrays.dq.at[tile.row] if m.interpreted else self.arrays.dq
-        add_dq(m, c, self.own, self.part, values, to, block * c.block_q)
+        if not m.interpreted:
+            add_dq(m, c, self.own, self.part, values, self.arrays.dq, block * c.block_q)
+            return
+        # The interpreter does not add: in the rows that belong to no query, tiles would overwrite each other.
+        to, blocks = self.arrays.dq.at[tile.row], dq_rows(self.plan)[0] // c.block_q
+        pl.when(block < blocks)(lambda: add_dq(m, c, self.own, self.part, values, to, block * c.block_q))
 
     # Products.
 
