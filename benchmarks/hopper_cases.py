@@ -102,6 +102,9 @@ BACKWARD_CHECKS: dict[str, tuple[Any, ...]] = {
     "d64-long-causal": (1, 1024, 1024, 2, 2, 64, 64, {"causal": True}),
     "d128-long-causal": (1, 1024, 1024, 2, 2, 128, 128, {"causal": True}),
     "d128-group": (2, 320, 448, 8, 2, 128, 128, {"causal": True}),
+    # Several tiles for each multiprocessor, in a thread block that stays and in several.
+    "many-windows": (2, 1200, 1200, 16, 16, 64, 64, {"window": (100, 20)}),
+    "many": (2, 1200, 1200, 16, 8, 128, 128, {}),
     "dead-and-masked": (2, 400, 264, 4, 2, 64, 64, {"causal": True, "key_mask": "random", "poison": True}),
 }
 
@@ -139,6 +142,10 @@ _DQ_CHECKS = (
     "everything",
     "hidden-nan",
     "one-query",
+    "segments",
+    "dead-and-masked",
+    "many-windows",
+    "many",
 )
 _BACKWARD_SHAPES = (
     "d128",

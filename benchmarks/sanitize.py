@@ -29,7 +29,8 @@ PROBLEMS = {
 def main() -> None:
     """Forward and gradients, with both forms of the backward pass."""
     sound = True
-    for name, (*sizes, options) in PROBLEMS.items():
+    for name, (*sizes, given) in PROBLEMS.items():
+        options = dict(given)
         rng = np.random.default_rng(0)
         q, k, v = (jnp.asarray(rng.standard_normal(s), "bfloat16") for s in sizes)
         segments = options.pop("segments", None)

@@ -111,8 +111,9 @@ def flash_attention(
             device, "high" and "default" let a backend use faster approximate modes (TF32, say).
         deterministic: whether gradients must have the same bits on every run. By default "hopper" adds
             the contributions to the gradient of q in the order in which they come, so that its rounding
-            differs from run to run; every other result, and every one of the other implementations,
-            has the same bits anyway. True takes a second kernel there, and up to a third more time.
+            differs from run to run; every other result of a compiled program, and every one of the
+            other implementations, has the same bits anyway. True takes a second kernel there, and up
+            to a third more time.
         implementation: a name from `explain`, or None for the best that takes the problem, chosen
             when the computation is lowered, for the platform it is lowered for.
 

@@ -178,6 +178,16 @@ def test_parts_of_check_share_the_table(capsys):
     assert sorted(names) == sorted(c.name for c in CASES if "one-" in c.name)
 
 
+@pytest.mark.parametrize(
+    "options", [["--case", "one-", "--part", "9/9"], ["--case", "float64", "--dtype", "bfloat16"]]
+)
+def test_check_of_no_case_is_an_error(capsys, options):
+    assert main(["check", *options]) == 2
+    captured = capsys.readouterr()
+    assert captured.err == "error: no case of that name and dtype is in that part\n"
+    assert captured.out == ""
+
+
 def test_check_finds_a_wrong_result(capsys, replaced):
     replaced(forward=_slightly_wrong)
     assert main(["check", "--case", "two-axes"]) == 1

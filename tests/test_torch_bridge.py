@@ -167,6 +167,15 @@ class Model(torch.nn.Module):
         return x + 1
 
 
+@jax2torch
+def decorated(x):
+    return jnp.sin(x)
+
+
+def test_a_decorated_function_is_pickled_by_its_name():
+    assert pickle.loads(pickle.dumps(decorated)) is decorated
+
+
 def test_it_is_copied_pickled_and_bound_as_functions_are():
     x, model = normal(3), Model()
     torch.testing.assert_close(pickle.loads(pickle.dumps(model))(x), x.sin())

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -75,7 +76,11 @@ def run(args: argparse.Namespace) -> int:
     names = tuple(IMPLEMENTATIONS) if args.implementation is None else (args.implementation,)
     part, parts = args.part
     cases = args.cases if args.dtype is None else _in_dtype(args.cases, args.dtype)
-    outcomes = list(_outcomes(cases[part - 1 :: parts], names))
+    cases = cases[part - 1 :: parts]
+    if not cases:
+        print("error: no case of that name and dtype is in that part", file=sys.stderr)
+        return 2
+    outcomes = list(_outcomes(cases, names))
     passed = not any(o.failures for o in outcomes)
     if args.json:
         print(json.dumps(_document(outcomes, passed), indent=2, allow_nan=False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import types
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -85,7 +86,11 @@ class OfTensors:
         return f"jax2torch({self._f!r})"
 
     def __reduce__(self) -> Any:
-        return jax2torch, (self._f,)
+        # As a function is: by the name that it is found under, where that is its own.
+        found: Any = sys.modules.get(self.__module__)
+        for name in self.__qualname__.split("."):
+            found = getattr(found, name, None)
+        return self.__qualname__ if found is self else (jax2torch, (self._f,))
 
     def __copy__(self) -> OfTensors:
         return self

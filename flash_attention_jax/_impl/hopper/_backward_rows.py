@@ -68,8 +68,8 @@ class RowsConsumer(BackwardConsumer):
             self._give_slopes(rem(n, c.slots_ds), slopes)
         if m.interpreted:
             # Its `wgmma` takes no operand from registers.
-            for at, x in enumerate((weights, slopes)):
-                m.weights[self.own, at] = x
+            for which, x in enumerate((weights, slopes)):
+                m.weights[self.own, which] = x
             plgpu.commit_smem()
 
         def left():

@@ -254,12 +254,11 @@ class Place:
     """Where a warpgroup stands.
 
     Attributes:
-        row: its tile; first: its first row; offset: that of the band.
+        first: its first row; offset: that of the band.
         queries: its chunks of Q, where they are in registers.
     """
 
     batch: Any
-    row: Any
     first: Any
     offset: Any
     queries: list[Array] | None = None

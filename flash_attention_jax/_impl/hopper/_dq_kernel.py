@@ -231,7 +231,7 @@ class DqConsumer:
             load(self.arrays.statistics.at[batch, head, i, rows], layout=ROWS, optimized=False)
             for i in (0, 1)
         )
-        place = Place(batch, row, first, plan.offset(self.arrays.tables, batch))
+        place = Place(batch, first, plan.offset(self.arrays.tables, batch))
         tile = Tile(place, visits, count, lse, delta)
         plgpu.barrier_wait(m.q_full)
 

@@ -3,7 +3,7 @@
 Who does what. A thread block has one producer warpgroup and 1 to 3 consumer warpgroups. It takes tiles of
 `consumers * block_q` query rows of one head, one after the other (`Plan.tile`). The producer brings the
 tile's queries and then, block by block, K and V through a ring of `stages`; it gives its registers to the
-consumers. A consumer has `block_q` rows of the tile: logits by `wgmma` from shared memory, softmax in
+consumers. A consumer has `block_q` rows of the tile: logits by `wgmma`, softmax in
 registers, weights times V by `wgmma` with the weights in registers.
 
 Blocks that are visible in part come first, one after the other (algorithm 1). Then, with `overlap`, a
@@ -188,7 +188,7 @@ class Consumer:
     def _tile(self, batch, head, row, visits, count):
         p, c, m = self.plan.problem, self.plan.config, self.memory
         first = row * c.tile_q + self.own * c.block_q
-        place = Place(batch, row, first, self.plan.offset(self.arrays.tables, batch))
+        place = Place(batch, first, self.plan.offset(self.arrays.tables, batch))
         plgpu.barrier_wait(m.q_full)
         if c.q_in_registers and m.weights is None:
             rows = pl.ds(self.own * c.block_q, c.block_q)
