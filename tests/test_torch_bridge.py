@@ -1,6 +1,8 @@
 """`jax2torch`: crossing without a copy, structure, derivatives, compilation, errors."""
 
 import copy
+import functools
+import operator
 import pickle
 import subprocess
 import sys
@@ -174,6 +176,11 @@ def decorated(x):
 
 def test_a_decorated_function_is_pickled_by_its_name():
     assert pickle.loads(pickle.dumps(decorated)) is decorated
+
+
+def test_what_has_no_name_is_pickled_by_its_function():
+    x, double = normal(3), jax2torch(functools.partial(operator.mul, 2))
+    torch.testing.assert_close(pickle.loads(pickle.dumps(double))(x), 2 * x)
 
 
 def test_it_is_copied_pickled_and_bound_as_functions_are():

@@ -87,10 +87,11 @@ class OfTensors:
 
     def __reduce__(self) -> Any:
         # As a function is: by the name that it is found under, where that is its own.
+        name = getattr(self, "__qualname__", "")  # a `functools.partial` has none
         found: Any = sys.modules.get(self.__module__)
-        for name in self.__qualname__.split("."):
-            found = getattr(found, name, None)
-        return self.__qualname__ if found is self else (jax2torch, (self._f,))
+        for part in name.split("."):
+            found = getattr(found, part, None)
+        return name if found is self else (jax2torch, (self._f,))
 
     def __copy__(self) -> OfTensors:
         return self
