@@ -22,7 +22,7 @@ from flash_attention_jax._impl.hopper._backward_parts import Part, within
 from flash_attention_jax._impl.hopper._backward_repair import repair_keys, repair_queries
 from flash_attention_jax._impl.hopper._blocks import COLUMNS, Tables, Visits, load
 from flash_attention_jax._impl.hopper._slopes import Block, weights_and_slopes
-from flash_attention_jax._impl.hopper._warpgroups import over_tiles, rows_of
+from flash_attention_jax._impl.hopper._warpgroups import accumulated, over_tiles, rows_of
 
 Array = Any
 _WGMMA = plgpu.Layout.WGMMA
@@ -219,15 +219,8 @@ class BackwardConsumer(abc.ABC):
             if dq:
                 send([lax.optimization_barrier(x) for x in values])
 
-        starts = (*sums, self.no_dq())
-        if not m.interpreted:
-            accs = [[plgpu.WGMMAAccumulatorRef.init(x) for x in values] for values in starts]
-            dk, dv, _ = pl.run_state(issue)(accs)
-            return tuple(dk), tuple(dv)
-        n, both = len(starts[0]), len(starts[0]) + len(starts[1])
-        shapes = [x.shape for values in starts for x in values]
-        parts = self.interpreted(shapes, lambda accs: issue((accs[:n], accs[n:both], accs[both:])))
-        return tuple(map(jnp.add, sums[0], parts[:n])), tuple(map(jnp.add, sums[1], parts[n:both]))
+        dk, dv, _ = accumulated((*sums, self.no_dq()), issue, interpreted=m.interpreted)
+        return dk, dv
 
     def send(self, tile: Tile, block: Any, values: list[Array]) -> None:
         """Adds this consumer's share of a block of dQ, counted over all heads."""
@@ -284,15 +277,6 @@ class BackwardConsumer(abc.ABC):
         zero = jnp.zeros((64, self.memory.k.of.width), jnp.float32)
         wanted = self.arrays.dq is not None
         return [plgpu.layout_cast(zero, _WGMMA)] * (len(self.part.of_dq) if wanted else 0)
-
-    def interpreted(self, shapes: list[Any], issue: Callable[[Any], None]) -> list[Array]:
-        """The products that issue(accumulators) starts; the interpreter's accumulators start at 0."""
-
-        def scoped(*accs):
-            issue(accs)
-            return [acc[...] for acc in accs]
-
-        return list(pl.run_scoped(scoped, *(plgpu.WGMMAAccumulatorRef(shape) for shape in shapes)))
 
     # Results.
 

@@ -11,9 +11,17 @@ import jax.numpy as jnp
 from flash_attention_jax._impl.hopper._backward_configs import BackwardConfig
 from flash_attention_jax._impl.hopper._backward_memory import BackwardMemory
 from flash_attention_jax._impl.hopper._blocks import ROWS, load
+from flash_attention_jax._impl.hopper._memory import Rows
 from flash_attention_jax._impl.hopper._softmax import across
 
 _WGMMA = plgpu.Layout.WGMMA
+
+
+def make_finite(buffer: Rows, place: Any) -> None:
+    """Makes what is not finite 0 in a part of a buffer."""
+    part = load(buffer.tiles.at[place], layout=_WGMMA)
+    finite = jnp.abs(part.astype(jnp.float32)) < jnp.inf
+    buffer.tiles[place] = jnp.where(finite, part, jnp.zeros_like(part))
 
 
 def repair_keys(memory: BackwardMemory, config: BackwardConfig, own: Any) -> None:
@@ -27,9 +35,7 @@ def repair_keys(memory: BackwardMemory, config: BackwardConfig, own: Any) -> Non
         for chunk in range(m.k.of.count):
 
             def repair(rows=rows, chunk=chunk):
-                part = load(m.k.tiles.at[chunk, rows], layout=_WGMMA)
-                finite = jnp.abs(part.astype(jnp.float32)) < jnp.inf
-                m.k.tiles[chunk, rows] = jnp.where(finite, part, jnp.zeros_like(part))
+                make_finite(m.k, (chunk, rows))
 
             pl.when(own == chunk % c.consumers)(repair) if c.columns else repair()
     plgpu.commit_smem()

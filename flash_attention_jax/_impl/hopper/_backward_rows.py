@@ -24,6 +24,7 @@ from flash_attention_jax._impl.hopper._backward_consumer import (
     over_steps,
 )
 from flash_attention_jax._impl.hopper._blocks import rem
+from flash_attention_jax._impl.hopper._warpgroups import accumulated
 
 Array = Any
 
@@ -94,13 +95,8 @@ class RowsConsumer(BackwardConsumer):
         m, c = self.memory, self.plan.config
         slots = Slots(None, None, rem(n - 1, c.slots_ds), lax.optimization_barrier(jnp.int32(0)))
         plgpu.barrier_wait(m.ds_full.at[slots.ds])
-        starts = self.no_dq()
 
         def issue(accs):
             self.issue_queries(accs, slots)
 
-        if m.interpreted:
-            values = self.interpreted([x.shape for x in starts], issue)
-        else:
-            values = pl.run_state(issue)([plgpu.WGMMAAccumulatorRef.init(x) for x in starts])
-        self.send(tile, block, list(values))
+        self.send(tile, block, accumulated(self.no_dq(), issue, interpreted=m.interpreted))

@@ -9,7 +9,7 @@ those that are visible whole holds no code for masks and never asks which block 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -17,12 +17,11 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from flash_attention_jax._impl.hopper._configs import Tiling
+from flash_attention_jax._impl.hopper._configs import Sizes, Tiling
 from flash_attention_jax._mask import Cover, Masks, block_map
 from flash_attention_jax._problem import Operands, Problem
 
 Array = Any
-Sizes = TypeVar("Sizes", bound=Tiling)
 ROWS = plgpu.Layout.WGMMA.reduce(1)
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 # Untyped, since older versions have other parameters.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import TypeVar
 
 from flash_attention_jax._problem import Problem
 
@@ -48,6 +49,9 @@ class Tiling:
     def threads(self) -> int:
         """Warpgroups of a thread block."""
         return self.consumers + 1
+
+
+Sizes = TypeVar("Sizes", bound=Tiling)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,20 +135,21 @@ _TABLE: tuple[tuple[int, Config], ...] = (
 def choose_config(problem: Problem) -> Config:
     """The sizes for a problem whose head dims are at most 256."""
     widest = max(chunks(problem, dim).columns for dim in (problem.D, problem.Dv))
-    config = next(config for limit, config in _TABLE if widest <= limit)
-    consumers = min(config.consumers, -(-problem.T // config.block_q))
+    config = fitted(problem, next(config for limit, config in _TABLE if widest <= limit))
     stages = min(config.stages, max(2, -(-problem.S // config.block_kv)))
-    # Where costs are not known in advance, the device gives out tiles one by one.
-    persistent = not problem.masked or static_band(problem)
-    section = forward_section(problem)
+    # Masks take the registers.
+    in_registers = config.q_in_registers and not problem.masked
+    return dataclasses.replace(config, stages=stages, q_in_registers=in_registers)
+
+
+def fitted(problem: Problem, config: Sizes) -> Sizes:
+    """Sizes for tiles of queries, with what the problem decides of them."""
     return dataclasses.replace(
         config,
-        consumers=consumers,
-        stages=stages,
-        persistent=persistent,
-        section=section,
-        # Masks take the registers.
-        q_in_registers=config.q_in_registers and not problem.masked,
+        consumers=min(config.consumers, -(-problem.T // config.block_q)),
+        # Where costs are not known in advance, the device gives out tiles one by one.
+        persistent=not problem.masked or static_band(problem),
+        section=_section(problem),
     )
 
 
@@ -158,8 +163,8 @@ def static_band(problem: Problem) -> bool:
 _SECTION_BYTES = 12 * 2**20
 
 
-def forward_section(problem: Problem) -> int | None:
-    """Query heads that are ordered together where tiles are of queries.
+def _section(problem: Problem) -> int | None:
+    """Query heads that are ordered together.
 
     Those of one group without a mask; with segments all, since a tile then reads little of a head; else as
     many as the cache holds. TFLOP/s on an H100 at head dim 128: full 630 with one head, 558 with all of 16;

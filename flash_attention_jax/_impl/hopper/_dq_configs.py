@@ -8,11 +8,9 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from flash_attention_jax._impl.hopper._configs import Tiling, chunks, exceeded, forward_section, static_band
+from flash_attention_jax._impl.hopper._configs import REGISTERS, Tiling, chunks, exceeded, fitted
 from flash_attention_jax._problem import Problem
 
-# `setmaxnreg` for consumers and producer, by the number of consumers; see `_configs.REGISTERS`.
-REGISTERS = {1: (240, 40), 2: (240, 24), 3: (160, 32)}
 # Of one consumer thread, beside accumulators: addresses, statistics, indices.
 _OTHER_REGISTERS = 24
 
@@ -42,12 +40,7 @@ _TABLE: tuple[tuple[int, DqConfig], ...] = (
 def choose_dq_config(problem: Problem) -> DqConfig:
     """The sizes for a problem whose head dims are at most 256."""
     widest = max(chunks(problem, dim).columns for dim in (problem.D, problem.Dv))
-    config = next(config for limit, config in _TABLE if widest <= limit)
-    consumers = min(config.consumers, -(-problem.T // config.block_q))
-    persistent = not problem.masked or static_band(problem)
-    return dataclasses.replace(
-        config, consumers=consumers, persistent=persistent, section=forward_section(problem)
-    )
+    return fitted(problem, next(config for limit, config in _TABLE if widest <= limit))
 
 
 def shared_bytes(problem: Problem, config: DqConfig) -> int:

@@ -41,6 +41,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from flash_attention_jax._impl.hopper._backward_repair import make_finite
 from flash_attention_jax._impl.hopper._blocks import (
     ROWS,
     Place,
@@ -51,12 +52,12 @@ from flash_attention_jax._impl.hopper._blocks import (
     rem,
     seen_in_block,
 )
-from flash_attention_jax._impl.hopper._configs import chunks
-from flash_attention_jax._impl.hopper._dq_configs import REGISTERS, DqConfig
+from flash_attention_jax._impl.hopper._configs import REGISTERS, chunks
+from flash_attention_jax._impl.hopper._dq_configs import DqConfig
 from flash_attention_jax._impl.hopper._memory import Rows, swizzled
 from flash_attention_jax._impl.hopper._slopes import Block, weights_and_slopes
 from flash_attention_jax._impl.hopper._softmax import across
-from flash_attention_jax._impl.hopper._warpgroups import divide, over_tiles, rows_of
+from flash_attention_jax._impl.hopper._warpgroups import accumulated, divide, over_tiles, rows_of
 from flash_attention_jax._problem import Problem
 
 Array = Any
@@ -288,9 +289,7 @@ class DqConsumer:
                     # A tile at a time: dQ takes most of the registers.
                     for left in range(0, m.k.of.width, m.k.of.tile):
                         place = (slot, chunk, rows, pl.ds(left, m.k.of.tile))
-                        part = load(m.k.tiles.at[place], layout=_WGMMA)
-                        finite = jnp.abs(part.astype(jnp.float32)) < jnp.inf
-                        m.k.tiles[place] = jnp.where(finite, part, jnp.zeros_like(part))
+                        make_finite(m.k, place)
 
             pl.when(self.own == piece % c.consumers)(repair)
         plgpu.commit_smem()
@@ -313,23 +312,16 @@ class DqConsumer:
         """dQ with dS K of a block."""
         m = self.memory
 
-        def issue(accs, left):
+        if m.slopes is not None:
+            m.slopes[self.own] = slopes
+            plgpu.commit_smem()
+
+        def issue(accs):
+            left = slopes if m.slopes is None else m.slopes.at[self.own]
             for chunk, acc in enumerate(accs):
                 plgpu.wgmma(acc, left, m.k.tiles.at[slot, chunk])
 
-        if m.slopes is None:
-            accs = [plgpu.WGMMAAccumulatorRef.init(x) for x in sums]
-            return tuple(pl.run_state(lambda refs: issue(refs, slopes))(accs))
-        m.slopes[self.own] = slopes
-        plgpu.commit_smem()
-
-        def scoped(*accs):
-            issue(accs, m.slopes.at[self.own])
-            return [acc[...] for acc in accs]
-
-        # The interpreter's accumulators start at 0.
-        parts = pl.run_scoped(scoped, *(plgpu.WGMMAAccumulatorRef(x.shape) for x in sums))
-        return tuple(x + part for x, part in zip(sums, parts, strict=True))
+        return accumulated(sums, issue, interpreted=m.slopes is not None)
 
     # Results.
 

@@ -74,7 +74,7 @@ from flash_attention_jax._impl.hopper._memory import Memory
 from flash_attention_jax._impl.hopper._results import finished, give_lse, give_rows
 from flash_attention_jax._impl.hopper._softmax import Statistics, across
 from flash_attention_jax._impl.hopper._values import check_values
-from flash_attention_jax._impl.hopper._warpgroups import divide, over_tiles, rows_of
+from flash_attention_jax._impl.hopper._warpgroups import accumulated, divide, over_tiles, rows_of
 
 Array = Any
 _WGMMA = plgpu.Layout.WGMMA
@@ -353,19 +353,9 @@ class Consumer:
         for chunk, acc in enumerate(accs):
             plgpu.wgmma(acc, weights, m.v.tiles.at[slot, chunk])
 
-    def _accumulated(self, values: Any, issue: Any) -> Any:
+    def _accumulated(self, values: Any, issue: Any) -> list[Array]:
         """The values after the products that issue(accumulators) adds to them."""
-        values = list(values)
-        if self.memory.weights is None:
-            return pl.run_state(issue)([plgpu.WGMMAAccumulatorRef.init(x) for x in values])
-
-        def products(*accs):
-            issue(accs)
-            return [acc[...] for acc in accs]
-
-        # The interpreter's accumulators start at 0.
-        parts = pl.run_scoped(products, *(plgpu.WGMMAAccumulatorRef(x.shape) for x in values))
-        return [x + part for x, part in zip(values, parts, strict=True)]
+        return accumulated(list(values), issue, interpreted=self.memory.weights is not None)
 
     def _side_by_side(
         self, state: State, place: Place, at: Any, before: Any, softmax: Any

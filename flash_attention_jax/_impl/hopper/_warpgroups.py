@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -63,6 +64,21 @@ def rows_of(problem: Problem, ref: Any, batch: Any, head: Any) -> Any:
     if problem.order == "BNTD":
         return ref.at[batch, head]
     return ref.at[batch, :, head]
+
+
+def accumulated(values: Any, issue: Callable[[Any], None], *, interpreted: bool) -> Any:
+    """The values, a tree of arrays, after the products that issue(accumulators) adds to them."""
+    if not interpreted:
+        return pl.run_state(issue)(jax.tree.map(plgpu.WGMMAAccumulatorRef.init, values))
+    leaves, tree = jax.tree.flatten(values)
+
+    def products(*accs):
+        issue(jax.tree.unflatten(tree, accs))
+        return [acc[...] for acc in accs]
+
+    # The interpreter's accumulators start at 0.
+    parts = pl.run_scoped(products, *(plgpu.WGMMAAccumulatorRef(x.shape) for x in leaves))
+    return jax.tree.unflatten(tree, [x + part for x, part in zip(leaves, parts, strict=True)])
 
 
 def launch(
