@@ -121,7 +121,7 @@ BACKWARD_VARIANTS: dict[str, list[dict[str, Any]]] = {
 }
 # Of the kernel of dK and dV alone.
 DKV_VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "d128": [{}, {"stages_q": 3, "stages_do": 3, "slots_ds": 2}],
+    "d128": [{}, {"stages_q": 3, "stages_do": 3, "slots_dq": 1}],
     "d64": [{}, {"block_q": 64, "stages_q": 3, "stages_do": 3}],
     "d256": [{}],
 }

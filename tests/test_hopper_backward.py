@@ -4,6 +4,7 @@ On a JAX older than the kernel needs, every one of these asserts the refusal ins
 """
 
 import dataclasses
+import functools
 import importlib
 import re
 
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, PartitionSpec
 from test_hopper import (
     BANDS,
     H200,
@@ -30,6 +32,7 @@ from flash_attention_jax._impl.hopper import _backward_configs as configs
 from flash_attention_jax._impl.hopper import _dq_configs as dq_configs
 from flash_attention_jax._mask import Cover, Masks, block_map
 from flash_attention_jax._problem import Operands, arrange
+from flash_attention_jax.distributed import ring_attention
 
 # Sizes.
 
@@ -52,6 +55,8 @@ def test_sizes_that_do_not_fit_are_told():
     assert more == "tiles take 266240 bytes of shared memory, a thread block has 232448"
     wider = configs.too_large_backward(problem, dataclasses.replace(fits, keys=128, consumers=1))
     assert wider == "tiles take 424 registers of a thread, it has 240"
+    with pytest.raises(ValueError, match="slots_ds must be at least 3, was 2"):
+        configs.BackwardConfig(slots_ds=2)
 
 
 @pytest.mark.parametrize("consumers", [1, 2, 3])
@@ -208,6 +213,42 @@ def test_only_what_is_asked_for_is_computed(name):
         assert (f"flash_attention_hopper_{kernel}" in shown) == (kernel in kernels)
     # The array that dQ is added to: rows of all heads, and a block that belongs to none.
     assert ("tensor<640x64xf32>" in shown) == added
+
+
+def ring(q, k, v, **options):
+    mesh = Mesh(jax.devices()[:1], "x")
+    return ring_attention(q, k, v, mesh=mesh, axis_name="x", strategy="ring", **options)
+
+
+def batched(q, k, v, **options):
+    return jax.vmap(functools.partial(flash_attention, **options))(*(x[None] for x in (q, k, v)))
+
+
+def sharded(q, k, v, **options):
+    mesh = Mesh(jax.devices()[:1], "x")
+    spec = PartitionSpec("x")
+    attend = functools.partial(flash_attention, **options)
+    return jax.shard_map(attend, mesh=mesh, in_specs=spec, out_specs=spec)(q, k, v)
+
+
+def recomputed(q, k, v, **options):
+    return jax.checkpoint(functools.partial(flash_attention, **options))(q, k, v)
+
+
+@pytest.mark.skipif(not NEW, reason="the kernels refuse this JAX")
+@pytest.mark.parametrize("attention", [batched, sharded, recomputed, ring])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_transformations_keep_the_order_of_sums(attention, deterministic):
+    x = struct(2, 256, 64)
+
+    def loss(q, k, v):
+        out = attention(q, k, v, implementation="hopper", deterministic=deterministic).out
+        return jnp.sum(out.astype(jnp.float32))
+
+    found = jax.jit(jax.grad(loss, (0, 1, 2))).trace(x, x, x)
+    shown = found.lower(lowering_platforms=("cuda",)).as_text()
+    assert "flash_attention_hopper_backward" in shown
+    assert ("flash_attention_hopper_dq" in shown) == deterministic
 
 
 # Numbers.

@@ -29,8 +29,8 @@ class BackwardConfig:
         columns: whether consumers divide the columns of dK, dV and dQ instead, and of the logits the queries;
             `block_q` is 64 then, and there are at most two. For head dims whose sums are too large otherwise.
         stages_q, stages_do: blocks of Q and of dO that their rings in shared memory hold.
-        slots_ds: blocks of dS in shared memory: 3, and where `columns` is set 1 or 2; with 2 no consumer
-            waits for one to become free.
+        slots_ds: blocks of dS in shared memory: at least 3, and where `columns` is set 1 or 2; with 2 no
+            consumer waits for one to become free.
         slots_dq: pieces of 64 rows of dQ that a consumer may have on their way out.
         piece: columns of such a piece, 32 or 64, where the layout of K allows a choice.
         persistent: whether a thread block stays on its multiprocessor and takes tile after tile.
@@ -53,6 +53,12 @@ class BackwardConfig:
     rotate: bool = True
     section: int | None = None
     lane: bool = False
+
+    def __post_init__(self):
+        # Where keys are divided, nothing else keeps a slot from being written while products still read it.
+        least = 1 if self.columns else 3
+        if self.slots_ds < least:
+            raise ValueError(f"slots_ds must be at least {least}, was {self.slots_ds}")
 
     @property
     def tile_kv(self) -> int:
