@@ -205,6 +205,25 @@ def test_every_tile_is_taken_once(scheduled, section):
         assert min(costs) > 0.8 * max(costs)
 
 
+# Batch, length, heads and head dim.
+@pytest.mark.parametrize(
+    "sizes", [(1, 16384, 32, 64), (4, 4096, 16, 128), (8, 2048, 16, 128), (32, 512, 16, 128)]
+)
+def test_thread_blocks_end_together(sizes):
+    B, T, N, D = sizes
+    problem, _ = described((B, N, T, D), (B, N, T, D), causal=True)
+    config = _configs.choose_config(problem)
+    found = planned(config, blocks=132, q=(B, N, T, D), k=(B, N, T, D), causal=True)
+    if found is None:
+        return
+    plan, schedule = found[-1], importlib.import_module("flash_attention_jax._impl.hopper._schedule").schedule
+    starts, tiles = np.split(schedule(plan), [133])
+    # Keys that are seen: of all tiles the last row sees the most.
+    costs = [(int(plan.place(int(tile))[2]) + 1) * config.tile_q for tile in tiles]
+    each = np.add.reduceat(costs, starts[:-1])
+    assert each.max() < 1.04 * each.mean()
+
+
 @pytest.mark.parametrize("name", BANDS)
 def test_visits_are_those_of_the_block_map(name):
     config = _configs.Config(block_kv=64, consumers=2)

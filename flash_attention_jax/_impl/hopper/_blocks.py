@@ -165,6 +165,12 @@ class Plan(Generic[Sizes]):
         return self.problem.B * self.problem.N * self.tiles_t
 
     @property
+    def section(self) -> int:
+        """Heads of a section; the last may have fewer."""
+        heads = self.problem.B * self.problem.N
+        return min(self.config.section or heads, heads)
+
+    @property
     def ragged(self) -> bool:
         """Whether the last block of keys is short."""
         return self.problem.S % self.config.block_kv != 0
@@ -187,13 +193,10 @@ class Plan(Generic[Sizes]):
         Heads are taken by sections. In a section, tiles of the same rows of all its heads are neighbours,
         and causal problems begin with the last rows, which see most.
         """
-        p = self.problem
-        heads = p.B * p.N
-        section = min(self.config.section or heads, heads)
+        p, section = self.problem, self.section
         of = div(tile, section * self.tiles_t)
         tile = tile - of * (section * self.tiles_t)
-        # The last section may have fewer heads.
-        here = least(section, heads - of * section)
+        here = least(section, p.B * p.N - of * section)
         row = tile // here if isinstance(tile, int) else lax.div(tile, here)
         head = of * section + (tile - row * here)
         if p.right is not None:

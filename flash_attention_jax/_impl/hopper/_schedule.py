@@ -9,6 +9,7 @@ blocks draw from would need to be cleared before every launch. So the drawing is
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -30,15 +31,34 @@ def schedule(plan: Plan) -> np.ndarray | None:
     p = plan.problem
     if not (plan.config.persistent and p.banded and static_band(p)) or plan.tiles > _MOST_TILES:
         return None
-    costs = [_cost(plan, row) for row in range(plan.tiles_t)]
-    free = [(0.0, block) for block in range(plan.blocks)]
-    taken: list[list[int]] = [[] for _ in range(plan.blocks)]
-    for tile in range(plan.tiles):
-        spent, block = heapq.heappop(free)
-        taken[block].append(tile)
-        heapq.heappush(free, (spent + costs[plan.place(tile)[2]], block))
+    of_rows = [_cost(plan, row) for row in range(plan.tiles_t)]
+    costs = [of_rows[plan.place(tile)[2]] for tile in range(plan.tiles)]
+    _, taken = min((_drawn(order, costs, plan.blocks) for order in _orders(plan, costs)), key=lambda x: x[0])
     starts = np.cumsum([0, *map(len, taken)])
     return np.concatenate([starts, *taken]).astype(np.int32)
+
+
+def _orders(plan: Plan, costs: list[float]) -> Iterator[list[int]]:
+    """Tiles section by section, the last one, two or three sections together, longest first.
+
+    A section whose tiles are about as many as the blocks leaves these with one tile each, of any length.
+    """
+    size = plan.section * plan.tiles_t
+    sections = -(-plan.tiles // size)
+    for together in range(1, 4):
+        first = max(0, sections - together) * size
+        yield [*range(first), *sorted(range(first, plan.tiles), key=lambda tile: -costs[tile])]
+
+
+def _drawn(order: list[int], costs: list[float], blocks: int) -> tuple[float, list[list[int]]]:
+    """When the last block ends, and the tiles of each, which draws the next whenever it is free."""
+    free = [(0.0, block) for block in range(blocks)]
+    taken: list[list[int]] = [[] for _ in range(blocks)]
+    for tile in order:
+        spent, block = free[0]
+        taken[block].append(tile)
+        heapq.heapreplace(free, (spent + costs[tile], block))
+    return max(free)[0], taken
 
 
 def _cost(plan: Plan, row: int) -> float:
