@@ -14,7 +14,7 @@ from flash_attention_jax._attend import Call, attend
 from flash_attention_jax._dispatch import IMPLEMENTATIONS
 from flash_attention_jax._explicit import Placement, divided, placement
 from flash_attention_jax._impl.reference import dense
-from flash_attention_jax._problem import Operands, Problem, arrange
+from flash_attention_jax._problem import Operands, Problem, arrange, scaled
 
 Window = int | tuple[int | None, int | None] | None
 SegmentIds = Int[Array, "*batch T"] | tuple[Int[Array, "*batch T"], Int[Array, "*batch S"]] | None
@@ -239,7 +239,6 @@ def _between_shapes(function, problem: Problem, operands: Operands, scale: Any):
     if p.empty:
         return jnp.zeros(out_shape, p.dtype), jnp.full(lse_shape, -jnp.inf, p.accumulator)
     if scale is not None:
-        wide = q.astype(p.accumulator) * scale.astype(p.accumulator)
-        operands = operands._replace(q=wide.astype(q.dtype))
+        operands = operands._replace(q=scaled(p, q, scale))
     out, lse = function(arrange(p, operands))
     return out.reshape(out_shape), lse.reshape(lse_shape)

@@ -31,6 +31,7 @@ _DTYPES: dict[str, tuple[str, tuple[str, ...]]] = {
 _FARTHEST = 2**30
 _UNBOUNDED = 2**31 - 1
 _INT32 = np.iinfo(np.int32)
+_LARGEST = float(np.finfo(np.float32).max)
 # Within these, x / softcap neither overflows nor vanishes for logits of float32.
 _SOFTCAPS = (1e-30, 1e30)
 
@@ -92,7 +93,7 @@ def normalize(
     pair = (sizes["N"], sizes["T"], sizes["S"])
     static_offset, offsets, ops = _offset(ops, sizes, batch, causal or window is not None, abstract)
     left, right = _useful_band(left, right, static_offset, offsets, sizes)
-    static_scale, array_scale = _scale(scale, sizes["D"], abstract)
+    static_scale, array_scale = _scale(scale, sizes["D"], str(ops.q.dtype), abstract)
     problem = Problem(
         **sizes,
         dtype=str(ops.q.dtype),
@@ -290,13 +291,16 @@ def _useful_band(left, right, offset, offsets, sizes):
     return left, right
 
 
-def _scale(scale: Any, head_dim: int, abstract: bool) -> tuple[float, Any]:
+def _scale(scale: Any, head_dim: int, dtype: str, abstract: bool) -> tuple[float, Any]:
     if scale is None:
         return head_dim**-0.5, None
     if isinstance(scale, np.ndarray) and not scale.ndim and str(scale.dtype) in FLOATS:
         scale = scale.item()
     if isinstance(scale, numbers.Real) and not isinstance(scale, bool):
-        return _finite("scale", "finite", scale), None
+        number = _finite("scale", "finite", scale)
+        if dtype != "float64" and abs(number) > _LARGEST:
+            fail("scale", f"of at most {_LARGEST:.3g}", scale)
+        return number, None
     scale = checked("scale", scale, abstract, "a real number or a scalar array")
     if scale.ndim:
         fail("scale", "a real number or a scalar array", f"shape {scale.shape}")

@@ -34,7 +34,7 @@ def value_and_grad_difference(
     """
     keys = jax.random.split(jax.random.key(seed), 3)
     lengths = (q_seq_len, k_seq_len, k_seq_len)
-    arguments = [jax.random.normal(x, (n, dim)) for x, n in zip(keys, lengths, strict=True)]
+    arguments = [jax.random.normal(x, (n, dim), jnp.float32) for x, n in zip(keys, lengths, strict=True)]
 
     def summed(function):
         def of_arguments(*arguments):

@@ -94,8 +94,8 @@ def sanitized(problem: Problem, tile: Tile, blocks: Mapping[str, Array]) -> tupl
 
     0 * NaN is NaN, so such a key must not enter a matrix product as it is. The third result is
     NaN at keys where something was replaced, else 0, to be added to the logits: a query that sees
-    such a key gets NaN, as it should. Where the whole tile is visible the NaN goes into k instead,
-    which saves a pass over the logits.
+    such a key gets NaN, as it should. Where every pair of the tile is seen here the NaN goes into k
+    instead, which saves a pass over the logits.
     """
     k, v = blocks["k"], blocks["v"]
     if not problem.masked:
@@ -104,7 +104,7 @@ def sanitized(problem: Problem, tile: Tile, blocks: Mapping[str, Array]) -> tupl
         return k, v, None
     poison = jnp.where(blocks["finite_keys"], 0, jnp.nan).astype(problem.accumulator)
     clean_v = jnp.where(jnp.isfinite(v), v, 0)
-    if tile.masked:
+    if tile.masked or tile.fresh() is not None:
         return jnp.where(jnp.isfinite(k), k, 0), clean_v, poison[:, :, None, None, :]
     if problem.order == "BTND":
         poison = poison.swapaxes(1, 2)
@@ -142,43 +142,50 @@ def products(problem: Problem, tile: Tile, q: Array, k: Array) -> Array:
     return tile.grid.dot(subscripts, q, k) * problem.scale
 
 
-def capped(problem: Problem, x: Array) -> Array:
-    """softcap(x)."""
-    return x if problem.softcap is None else problem.softcap * jnp.tanh(x / problem.softcap)
-
-
-def hidden_to_minus_infinity(problem: Problem, tile: Tile, blocks: Mapping[str, Array], x: Array) -> Array:
-    """Replaces what a mask hides or an earlier tile has seen."""
+def seen_in(problem: Problem, tile: Tile, blocks: Mapping[str, Array]) -> Array | None:
+    """Which pairs no mask hides and no earlier tile has seen; None if all."""
     seen = tile.fresh()
     if tile.masked:
         masks = Masks(**{name: blocks[name] for name in Masks._fields if name in blocks})
         shown = visible(problem, masks, tile.rows, tile.cols)
         seen = shown if seen is None else shown & seen
-    return x if seen is None else jnp.where(seen, x, -jnp.inf)
+    return seen
+
+
+def if_seen(seen: Array | None, x: Array, otherwise: float = 0) -> Array:
+    """x, and something else where a pair is not seen, whatever x is there.
+
+    Hidden keys may be so large that products with them overflow, and 0 * inf is NaN: so it goes
+    before a multiplication by weights, which leaves the derivatives finite as well.
+    """
+    return x if seen is None else jnp.where(seen, x, otherwise)
 
 
 def logits(
     problem: Problem, tile: Tile, blocks: Mapping[str, Array], k: Array, poison: Array | None
 ) -> Array:
     """The logits of a tile (b, k, g, t, s), -inf where hidden or stale."""
-    x = capped(problem, products(problem, tile, blocks["q"], k))
+    seen = seen_in(problem, tile, blocks)
+    x = products(problem, tile, blocks["q"], k)
+    if problem.softcap is not None:
+        x = problem.softcap * jnp.tanh(if_seen(seen, x) / problem.softcap)
     if "bias" in blocks:
         x = x + blocks["bias"].astype(x.dtype)
     if poison is not None:
         x = x + poison
-    return hidden_to_minus_infinity(problem, tile, blocks, x)
+    return if_seen(seen, x, -jnp.inf)
 
 
 def _probabilities(problem, tile, blocks, k, poison):
-    """p of a tile, from lse; 0 in rows that see nothing, with derivatives 0."""
-    lse = blocks["lse"]
+    """p of a tile, from lse, and which pairs are seen; 0 in rows that see nothing, with derivatives 0."""
+    lse, seen = blocks["lse"], seen_in(problem, tile, blocks)
     lse = jnp.where(lse == -jnp.inf, 0, lse)[..., None]
-    return jnp.exp(logits(problem, tile, blocks, k, poison) - lse)
+    return if_seen(seen, jnp.exp(logits(problem, tile, blocks, k, poison) - lse)), seen
 
 
-def _cap_slope(problem, tile, q, k):
+def _cap_slope(problem, tile, seen, q, k):
     """d softcap(x) / dx at the tile's logits."""
-    return 1 - jnp.tanh(products(problem, tile, q, k) / problem.softcap) ** 2
+    return 1 - jnp.tanh(if_seen(seen, products(problem, tile, q, k)) / problem.softcap) ** 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,17 +207,17 @@ class Backward:
         k, v, poison = sanitized(p, tile, blocks)
         blocks = without_dead_rows(p, blocks)
         q, dout = blocks["q"], blocks["dout"]
-        weights = _probabilities(p, tile, blocks, k, poison)
+        weights, seen = _probabilities(p, tile, blocks, k, poison)
         parts = {}
         if "v" in self.wrt:
             parts["v"] = dot(f"{at['out']},bkgts->{_GRADIENT_LABELS['v']}", dout, weights)
         if self.wrt != ("v",):
             dweights = dot(f"{at['out']},{at['v']}->bkgts", dout, v)
-            dlogits = weights * (dweights - blocks["delta"][..., None])
+            dlogits = weights * if_seen(seen, dweights - blocks["delta"][..., None])
             if "bias" in self.wrt:
                 parts["bias"] = _sum_to(dlogits, blocks["bias"].shape)
             if p.softcap is not None:
-                dlogits = dlogits * _cap_slope(p, tile, q, k)
+                dlogits = dlogits * _cap_slope(p, tile, seen, q, k)
             if "q" in self.wrt:
                 parts["q"] = dot(f"bkgts,{at['k']}->{at['q']}", dlogits, k) * p.scale
             if "k" in self.wrt:
@@ -232,16 +239,17 @@ class Tangent:
         to_out = f"bkgts,{at['v']}->{at['out']}"
         k, v, poison = sanitized(p, tile, blocks)
         blocks = without_dead_rows(p, blocks)
-        weights = _probabilities(p, tile, blocks, k, poison)
+        weights, seen = _probabilities(p, tile, blocks, k, poison)
         dlogits = None
         for pair in (("dq", k), (blocks["q"], "dk")):
             if all(blocks.get(x) is not None for x in pair if isinstance(x, str)):
                 dx = products(p, tile, *(blocks[x] if isinstance(x, str) else x for x in pair))
                 dlogits = dx if dlogits is None else dlogits + dx
+        dlogits = None if dlogits is None else if_seen(seen, dlogits)
         if dlogits is not None and p.softcap is not None:
-            dlogits = dlogits * _cap_slope(p, tile, blocks["q"], k)
+            dlogits = dlogits * _cap_slope(p, tile, seen, blocks["q"], k)
         if "dbias" in blocks:
-            dbias = blocks["dbias"].astype(p.accumulator)
+            dbias = if_seen(seen, blocks["dbias"].astype(p.accumulator))
             dlogits = dbias if dlogits is None else dlogits + dbias
         moved, dlse = [], jnp.zeros(weights.shape[:-1], weights.dtype)
         if dlogits is not None:

@@ -63,7 +63,7 @@ def visible(problem: Problem, masks: Masks, rows: Any, cols: Any) -> Any:
     terms = []
     if problem.banded:
         offset = problem.q_offset if masks.q_offset is None else masks.q_offset[:, None, None]
-        distance = cols[None, :] - (rows[:, None] + offset)
+        distance = cols[None, None, :] - (rows[None, :, None] + offset)
         distance = distance.reshape(-1, 1, 1, *distance.shape[-2:])
         if problem.left is not None:
             terms.append(distance >= -problem.left)
@@ -111,8 +111,8 @@ def block_map(problem: Problem, masks: Masks, rows: int, cols: int, at: Any = No
     every = some
     if problem.banded:
         offset = problem.q_offset if masks.q_offset is None else masks.q_offset[:, None, None]
-        lowest = first_col[None, :] - (last_row[:, None] + offset)
-        highest = last_col[None, :] - (first_row[:, None] + offset)
+        lowest = first_col[None, None, :] - (last_row[None, :, None] + offset)
+        highest = last_col[None, None, :] - (first_row[None, :, None] + offset)
         lower = -problem.left if problem.left is not None else None
         in_some, in_every = _band_cover(lowest, highest, lower, problem.right)
         some, every = some & in_some, every & in_every
@@ -183,4 +183,6 @@ def _per_block(reduce, x, block: int, fill) -> Any:
 
 def _id_range(ids, block: int) -> tuple[Any, Any]:
     info = jnp.iinfo(ids.dtype)
-    return _per_block(jnp.min, ids, block, info.max), _per_block(jnp.max, ids, block, info.min)
+    # As Python's they need not fit JAX's default integer.
+    least, most = (np.array(x, ids.dtype) for x in (info.min, info.max))
+    return _per_block(jnp.min, ids, block, most), _per_block(jnp.max, ids, block, least)

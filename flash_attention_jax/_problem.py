@@ -110,6 +110,18 @@ class Operands(NamedTuple):
         return cls(*(next(remaining) if term is not None else None for term in has))
 
 
+def scaled(problem: Problem, q: Any, scale: Any) -> Any:
+    """Raw queries times a scale that is an array.
+
+    What is not finite stays as it is: a query that sees no key may hold anything, and 0 * NaN would
+    enter the gradient of the scale.
+    """
+    wide = q.astype(problem.accumulator)
+    finite = jnp.isfinite(wide)
+    product = jnp.where(finite, wide, 0) * scale.astype(problem.accumulator)
+    return jnp.where(finite, product, wide).astype(q.dtype)
+
+
 def arrange(problem: Problem, ops: Operands) -> Operands:
     """Gives raw arrays the canonical shapes of `problem`: reshapes, no transpose, no copy of q, k, v."""
     p = problem
@@ -130,7 +142,7 @@ def arrange(problem: Problem, ops: Operands) -> Operands:
 
     key_mask = batched(ops.key_mask, p.key_mask, 1)
     if key_mask is not None:
-        key_mask = jnp.broadcast_to(key_mask != 0, p.key_mask)
+        key_mask = jnp.broadcast_to(key_mask.astype(bool), p.key_mask)
     segments = p.segments or (None, None)
     offsets = batched(ops.q_offset, p.offsets, 0)
     return Operands(

@@ -801,6 +801,15 @@ def test_bench_without_heads(capsys):
     assert "float32, default precision" in shown
 
 
+@pytest.mark.parametrize(
+    "options", [["--window", "0"], ["--kv-length", "1"], ["--key-mask", "0.001"]], ids=lambda x: x[0]
+)
+def test_gradients_that_cancel_are_right(options):
+    common = ["--lengths", "16", "--heads", "2", "--head-dims", "8", "--repeats", "1"]
+    modes = ["--modes", "forward+backward", "--peers", "flash_attention,attention"]
+    assert main(["bench", *common, *options, *modes]) == 0
+
+
 def test_an_interrupt_keeps_what_was_measured(capsys, monkeypatch, tmp_path):
     real = measure.measure
 

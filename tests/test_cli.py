@@ -335,6 +335,13 @@ def test_explain_windows(capsys, window, band):
     assert (problem["left"], problem["right"]) == band
 
 
+@pytest.mark.parametrize("options", [["--dtype", "float64"], ["--bias", "40,40", "--bias-dtype", "float64"]])
+def test_explain_of_64_bits(capsys, options):
+    assert main(["explain", "--q", "2,40,8", *options, "--json"]) == 0
+    problem = json.loads(capsys.readouterr().out)["problem"]
+    assert "float64" in (problem["dtype"], problem["bias_dtype"])
+
+
 def test_explain_negative_offset(capsys):
     assert main(["explain", "--q", "2,40,8", "--causal", "--q-offset", "-5", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["problem"]["q_offset"] == -5

@@ -363,6 +363,7 @@ BAD = [
     ),
     # scale, softcap, precision
     bad("scale beyond float", ValueError, "finite", 10**400, scale=10**400),
+    bad("scale beyond float32", ValueError, "of at most 3.4e+38", 1e39, scale=1e39),
     *(
         bad(f"scale {x}", ValueError, "finite", x, scale=x)
         for x in (np.nan, np.inf, -np.inf, np.float32("nan"))

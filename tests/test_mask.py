@@ -1,10 +1,11 @@
 """Visibility and the block map against nested Python loops."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flash_attention_jax import _mask
+from flash_attention_jax import _mask, flash_attention
 from flash_attention_jax._arguments import normalize
 from flash_attention_jax._mask import Cover, Masks
 from flash_attention_jax._problem import Operands, arrange
@@ -116,3 +117,36 @@ def test_block_map_of_sorted_segments_skips_and_spares():
 def test_visible_pairs_counts(name):
     problem, operands = described(PROBLEMS[name])
     assert _mask.visible_pairs(problem, operands) == every_pair(PROBLEMS[name]).sum()
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize(
+    "dtypes", [("uint8", "uint8"), ("uint32", "uint32"), ("uint32", "int32"), ("int8", "int16")]
+)
+def test_segment_ids_of_every_integer(implementation, dtypes):
+    x = np.random.default_rng(0).standard_normal((5, 4)).astype(np.float32)
+    ids = [0, 0, 1, 1, 2]
+    found = flash_attention(
+        x, x, x, segment_ids=tuple(np.array(ids, d) for d in dtypes), implementation=implementation
+    )
+    expected = flash_attention(x, x, x, segment_ids=np.array(ids), implementation=implementation)
+    np.testing.assert_array_equal(found.out, expected.out)
+
+
+OPTIONS = {
+    "causal": {"causal": True},
+    "offsets": {"causal": True, "q_offset": np.array([0, 1])},
+    "key_mask": {"key_mask": np.ones((2, 5), bool)},
+    "segment_ids": {"segment_ids": np.zeros((2, 5), np.int32)},
+    "mask": {"mask": np.ones((5, 5), bool)},
+    "bias": {"bias": np.ones((5, 5), np.float32)},
+    "scale": {"scale": jnp.float32(0.3)},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_strict_promotion(name):
+    x = jnp.ones((2, 2, 5, 4))
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        gradient = jax.grad(lambda q: flash_attention(q, x, x, **OPTIONS[name]).out.sum())(x)
+    assert gradient.shape == x.shape

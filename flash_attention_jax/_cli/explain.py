@@ -52,7 +52,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Runs the command; the exit status is 2 where the library rejects the problem."""
     try:
-        explanation = _explain.explain(**_arguments(args))
+        with jax.enable_x64("float64" in (args.dtype, args.bias_dtype)):
+            explanation = _explain.explain(**_arguments(args))
     except (ValueError, TypeError) as rejection:
         print(f"error: {rejection}", file=sys.stderr)
         return 2

@@ -38,6 +38,9 @@ def dense(problem: Problem, operands: Operands) -> tuple[Array, Array]:
         poison = jnp.where(good_k.all(-1) & good_v.all(-1), 0, jnp.nan).astype(acc)
         k, v = jnp.where(good_k, k, 0), jnp.where(good_v, v, 0)
     x = p.scale * jnp.einsum("bkgtd,bksd->bkgts", q, k, precision=p.precision)
+    if p.masked:
+        # Products with what is hidden may overflow, and 0 * inf is NaN in their derivatives.
+        x = jnp.where(seen, x, 0)
     if p.softcap is not None:
         x = p.softcap * jnp.tanh(x / p.softcap)
     if operands.bias is not None:
@@ -50,7 +53,10 @@ def dense(problem: Problem, operands: Operands) -> tuple[Array, Array]:
     norm = weights.sum(-1, keepdims=True)
     dead = norm == 0
     norm = jnp.where(dead, 1, norm)
-    out = jnp.einsum("bkgts,bksd->bkgtd", weights / norm, v, precision=p.precision)
+    weights = weights / norm
+    if p.masked:
+        weights = jnp.where(seen, weights, 0)
+    out = jnp.einsum("bkgts,bksd->bkgtd", weights, v, precision=p.precision)
     out = jnp.where(dead, 0, out)
     lse = jnp.where(dead, -jnp.inf, top + jnp.log(norm))
     out = out.reshape(p.B, p.N, p.T, p.Dv).astype(p.dtype)
