@@ -332,6 +332,29 @@ def test_transforms(transform):
     torch.testing.assert_close(actual, expected)
 
 
+ENTRIES = {
+    "flash_attention": flash_attention,
+    "scaled_dot_product_attention": scaled_dot_product_attention,
+    "compiled": torch.compile(flash_attention, backend="aot_eager"),
+}
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+@pytest.mark.parametrize("strategy", ["reverse-mode", "forward-mode"])
+def test_vectorized_jacobians(name, strategy):
+    tensors = tuple(normal(2, 3, 2, seed=i) for i in range(3))
+    actual = torch.autograd.functional.jacobian(ENTRIES[name], tensors, vectorize=True, strategy=strategy)
+    torch.testing.assert_close(actual, torch.autograd.functional.jacobian(plain, tensors))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_derivatives_in_batches():
+    tensors = tuple(normal(2, 3, 2, seed=i, requires_grad=True) for i in range(3))
+    modes = {"check_forward_ad": True, "check_batched_forward_grad": True}
+    assert torch.autograd.gradcheck(flash_attention, tensors, check_batched_grad=True, **modes)
+    assert torch.autograd.gradgradcheck(flash_attention, tensors, check_batched_grad=True)
+
+
 # torch.compile and torch.export.
 
 
