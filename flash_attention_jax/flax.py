@@ -37,6 +37,8 @@ def attention_fn(
     attn_weights_value_einsum: Any = None,
     is_causal: bool = False,
     input_positions: Any = None,
+    *,
+    promote_dtype: Any = None,
 ) -> Float[Array, "*batch T N Dv"]:
     """Attention in linear memory with the signature of Flax's `dot_product_attention`.
 
@@ -67,6 +69,8 @@ def attention_fn(
         attn_weights_value_einsum: must be None.
         is_causal: whether query i sees only keys j <= i: aligned at the first position.
         input_positions: must be None.
+        promote_dtype: must be None: `dtype` says it. (By name alone, for Flax's two functions
+            have different parameters in its place.)
 
     Returns:
         out (*batch, T, N, Dv), in the dtype that query, key and value were converted to.
@@ -85,6 +89,7 @@ def attention_fn(
         "qk_attn_weights_einsum": (qk_attn_weights_einsum, "None, for products are not einsums"),
         "attn_weights_value_einsum": (attn_weights_value_einsum, "None, for products are not einsums"),
         "input_positions": (input_positions, "None, for positions are the places in the arrays"),
+        "promote_dtype": (promote_dtype, "None, for `dtype` says what arrays are converted to"),
     }
     for name, (given, must) in refused.items():
         if given is not None:

@@ -10,6 +10,9 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed, so attention of tensors is not tested")
 
+from torch._subclasses import FakeTensorMode  # noqa: E402
+from torch.fx.experimental.symbolic_shapes import ShapeEnv  # noqa: E402
+
 import flash_attention_jax  # noqa: E402
 from flash_attention_jax.torch import (  # noqa: E402
     _attention,
@@ -295,6 +298,13 @@ def test_a_gradient_of_lse_alone_and_of_one_argument():
     torch.testing.assert_close(gradient, expected)
 
 
+def test_a_tangent_of_a_key_mask_is_zero():
+    q, mask = normal(2, 5, 4), torch.ones(5, dtype=torch.float64)
+    for attend in (flash_attention, lambda *x: flash_attention(*x, return_lse=True)[1]):
+        out, tangent = torch.func.jvp(lambda x, attend=attend: attend(q, q, q, x), (mask,), (mask,))
+        assert torch.equal(tangent, torch.zeros_like(out))
+
+
 def test_no_query_and_no_key():
     for t, s in ((0, 3), (3, 0)):
         q, k = normal(2, t, 4, requires_grad=True), normal(2, s, 4, requires_grad=True)
@@ -320,6 +330,29 @@ def test_transforms(transform):
     tensors = [normal(3, 3, 2, seed=i) for i in range(3)]
     actual, expected = transform(flash_attention)(*tensors), transform(plain)(*tensors)
     torch.testing.assert_close(actual, expected)
+
+
+ENTRIES = {
+    "flash_attention": flash_attention,
+    "scaled_dot_product_attention": scaled_dot_product_attention,
+    "compiled": torch.compile(flash_attention, backend="aot_eager"),
+}
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+@pytest.mark.parametrize("strategy", ["reverse-mode", "forward-mode"])
+def test_vectorized_jacobians(name, strategy):
+    tensors = tuple(normal(2, 3, 2, seed=i) for i in range(3))
+    actual = torch.autograd.functional.jacobian(ENTRIES[name], tensors, vectorize=True, strategy=strategy)
+    torch.testing.assert_close(actual, torch.autograd.functional.jacobian(plain, tensors))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_derivatives_in_batches():
+    tensors = tuple(normal(2, 3, 2, seed=i, requires_grad=True) for i in range(3))
+    modes = {"check_forward_ad": True, "check_batched_forward_grad": True}
+    assert torch.autograd.gradcheck(flash_attention, tensors, check_batched_grad=True, **modes)
+    assert torch.autograd.gradgradcheck(flash_attention, tensors, check_batched_grad=True)
 
 
 # torch.compile and torch.export.
@@ -387,6 +420,19 @@ def test_an_offset_from_a_size_is_exported_for_every_length():
     exported = torch.export.export(Model(), (normal(2, 6, 8),), dynamic_shapes=lengths)
     q = normal(2, 9, 8)
     torch.testing.assert_close(exported.module()(q), SIZED["q_offset"](q))
+
+
+def test_an_offset_from_a_size_is_exported_from_tensors_of_another_device():
+    class Model(torch.nn.Module):
+        def forward(self, q, k):
+            return flash_attention(q, k, k, causal=True, q_offset=k.shape[-2] - q.shape[-2])
+
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        q, k = (torch.empty(2, length, 8, device="cuda") for length in (6, 9))
+    lengths = tuple({1: torch.export.Dim(name, min=2, max=64)} for name in "TS")
+    exported = torch.export.export(Model(), (q, k), dynamic_shapes=lengths)
+    (made,) = (node for node in exported.graph.nodes if node.target is torch.ops.aten.full.default)
+    assert made.meta["val"].device == q.device
 
 
 def test_inductor_takes_heads_in_the_order_in_which_they_lie():
@@ -494,7 +540,17 @@ NESTED = torch.nested.nested_tensor([Q[0], Q[0, :2]], layout=torch.jagged)
         ((Q, Q, Q, {"causal": 1}), TypeError, "causal must be True or False, got 1"),
         ((Q, Q, Q, {"softcap": Q}), TypeError, "softcap must be None, a number, a string, a bool or a pair, got Tensor"),
         ((Q, Q, Q, {"mask": True}), TypeError, "mask must be a torch.Tensor, got bool"),
-        ((Q, Q, Q, {"segment_ids": (Q,)}), ValueError, "segment_ids must be a tensor or a pair (of queries, of keys), got 1 items"),
+        ((Q, Q, Q, {"segment_ids": (Q,)}), ValueError, "segment_ids must be a tensor or a pair of tensors (of queries, of keys), got 1 items"),
+        ((Q, Q, Q, {"segment_ids": (None, Q)}), TypeError, "segment_ids must be a tensor or a pair of tensors (of queries, of keys), got NoneType"),
+        ((Q, Q, Q, {"segment_ids": 3}), TypeError, "segment_ids must be a tensor or a pair of tensors (of queries, of keys), got int"),
+        (([1.0], Q, Q, {"segment_ids": Q}), TypeError, "q must be a torch.Tensor, got list"),
+        ((Q[0, 0, 0], Q, Q, {"segment_ids": Q}), ValueError, "q must be an array of shape (*batch, [N,] T, D), got shape (4,)"),
+        ((Q, Q, Q, {"scale": False}), TypeError, "scale must be a real number or a scalar array, got bool"),
+        ((Q, Q, Q, {"softcap": False}), TypeError, "softcap must be None or a positive number, got bool"),
+        ((Q, Q, Q, {"window": False}), TypeError, "window must be None, an int, or a pair (left, right) of ints or None, each at least 0, got False"),
+        ((Q, Q, Q, {"precision": False}), TypeError, "precision must be None, 'default', 'high', 'highest' or a jax.lax.Precision, got bool"),
+        ((Q, Q, Q, {"implementation": False}), TypeError, "implementation must be None or one of 'hopper', 'xla', 'reference', got False"),
+        ((Q, Q, Q, {"causal": True, "q_offset": False}), TypeError, "q_offset must be an int or an array of dtype int32, got bool"),
         ((Q, Q[:, :, :4], Q[:, :, :4], {"segment_ids": Q.int()[0, 0, :, 0]}), ValueError, "segment_ids must be a pair (of queries, of keys) where T and S differ, got one tensor, T = 5 and S = 4"),
         ((Q, Q.to("meta"), Q), ValueError, "all tensors must be on one device, got cpu, meta: move them with Tensor.to"),
         ((Q, Q, Q, {"implementation": "hopper"}), flash_attention_jax.Unsupported, "implementation 'hopper' cannot run this problem: it runs on CUDA devices of compute capability 9.0, not on cpu"),
@@ -515,6 +571,8 @@ def test_errors(arguments, error, message):
         ((Q, Q.half(), Q), TypeError, "key must be of query's dtype torch.float32, got torch.float16"),
         ((Q, Q[..., :3], Q), ValueError, "key must be of query's head dim E = 4, got shape (2, 3, 5, 3)"),
         ((Q, Q, Q[:, :, :4]), ValueError, "value must be of key's length S = 5, got shape (2, 3, 4, 4)"),
+        ((Q[..., :0], Q[..., :0], Q), ValueError, "query must be of a head dim of at least 1, got shape (2, 3, 5, 0)"),
+        ((Q, Q, Q[..., :0]), ValueError, "value must be of a head dim of at least 1, got shape (2, 3, 5, 0)"),
         ((Q, Q[:, :2], Q[:, :2]), ValueError, "query, key and value must be of shapes that broadcast before the last 2 axes, got (2, 3, 5, 4), (2, 2, 5, 4), (2, 2, 5, 4)"),
         ((Q, Q[:, :2], Q[:, :2], {"enable_gqa": True}), ValueError, "key must be of a head count that divides query's 3, got shape (2, 2, 5, 4)"),
         ((Q[0, 0], Q[0, 0], Q[0, 0], {"enable_gqa": True}), ValueError, "query must be of at least 3 axes where enable_gqa is set, got shape (5, 4)"),

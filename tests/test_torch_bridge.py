@@ -2,11 +2,13 @@
 
 import copy
 import functools
+import gc
 import operator
 import pickle
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
@@ -17,7 +19,10 @@ import pytest
 torch = pytest.importorskip("torch", reason="PyTorch is not installed, so nothing of the bridge is tested")
 
 from torch._subclasses import FakeTensorMode  # noqa: E402
+from torch._vmap_internals import _vmap  # noqa: E402
+from torch.autograd.functional import hessian, jacobian  # noqa: E402
 from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import flash_attention_jax  # noqa: E402
@@ -347,6 +352,106 @@ def test_vmap_over_some_arguments():
     torch.testing.assert_close(total, x.sum().expand(2))
 
 
+VECTORIZED = [
+    {"vectorize": True},
+    {"vectorize": True, "create_graph": True},
+    {"vectorize": True, "strategy": "forward-mode"},
+]
+
+
+@pytest.mark.parametrize("options", VECTORIZED, ids=str)
+def test_vectorized_jacobians_and_hessians(options):
+    arguments = normal(3), normal(2, seed=1)
+    f = flat(smooth)
+    torch.testing.assert_close(jacobian(f, arguments, **options), jacobian(f, arguments))
+    options = {"outer_jacobian_strategy" if name == "strategy" else name: x for name, x in options.items()}
+
+    def loss(*tensors):
+        return sum(x.square().sum() for x in f(*tensors))
+
+    torch.testing.assert_close(hessian(loss, arguments, **options), hessian(loss, arguments))
+
+
+def test_gradients_of_gradients_in_batches():
+    found = []
+    for f in (jax2torch(lambda x, y: jnp.sin(x) * y), lambda x, y: x.sin() * y):
+        x, y = normal(3, requires_grad=True), normal(3, seed=1, requires_grad=True)
+        cotangents = normal(4, 3, seed=2, requires_grad=True)
+        batch = torch.autograd.grad(f(x, y), (x, y), cotangents, is_grads_batched=True, create_graph=True)
+        of_batch = torch.autograd.grad(sum(z.square().sum() for z in batch), (x, y, cotangents))
+        found.append((batch, of_batch))
+    torch.testing.assert_close(*found)
+
+
+def test_a_batch_is_found_in_any_thread_and_nested_ones_are_refused():
+    f, x = jax2torch(jnp.sin), normal(2, 3)
+
+    def in_a_thread(x):
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(f, x).result()
+
+    torch.testing.assert_close(_vmap(in_a_thread)(x), x.sin())
+    with pytest.raises(RuntimeError, match=r"must not be nested here: use torch\.func\.vmap"):
+        _vmap(_vmap(f))(x)
+    with pytest.raises(RuntimeError, match=r"must not be nested here: use torch\.func\.vmap"):
+        _vmap(lambda x: _vmap(lambda y: jax2torch(jnp.add)(x, y))(torch.ones(2)))(x)
+
+
+# Memory of what is kept for the backward pass.
+
+
+def eight(x):
+    for _ in range(8):
+        x = jnp.sin(x) * jnp.cos(x)
+    return x
+
+
+def kept_bytes(call):
+    """Of JAX's arrays that a result keeps alive."""
+    gc.collect()
+    before = sum(x.nbytes for x in jax.live_arrays())
+    result = call()
+    gc.collect()
+    return sum(x.nbytes for x in jax.live_arrays()) - before, result
+
+
+def in_a_checkpoint(f):
+    return lambda x: checkpoint(f, x, use_reentrant=False)
+
+
+def saved_on_cpu(f):
+    def of_tensor(x):
+        with torch.autograd.graph.save_on_cpu():
+            return f(x)
+
+    return of_tensor
+
+
+@pytest.mark.parametrize(
+    "around",
+    [in_a_checkpoint, saved_on_cpu, lambda f: in_a_checkpoint(lambda x: 2 * in_a_checkpoint(f)(f(x)))],
+    ids=["checkpoint", "save_on_cpu", "nested"],
+)
+def test_what_hooks_save_is_all_that_is_kept(around):
+    f, x = jax2torch(eight), normal(1000, requires_grad=True)
+    size = x.nbytes
+    assert kept_bytes(lambda: f(x))[0] > 8 * size
+    kept, y = kept_bytes(lambda: around(f)(x))
+    assert kept <= 2 * size
+
+    def plain(x):
+        for _ in range(8):
+            x = x.sin() * x.cos()
+        return x
+
+    found = torch.autograd.grad(y.sum(), x, create_graph=True)
+    torch.testing.assert_close(found, torch.autograd.grad(around(plain)(x).sum(), x))
+    if around is not in_a_checkpoint:
+        return
+    expected = torch.autograd.grad(plain(x).sum(), x, create_graph=True)
+    torch.testing.assert_close(*(torch.autograd.grad(g.square().sum(), x) for (g,) in (found, expected)))
+
+
 # Compilation.
 
 
@@ -420,6 +525,10 @@ def test_errors_of_calls():
         jax2torch(lambda x: jax.random.key(0))(x)
     with pytest.raises(TypeError, match=r"^results must be arrays or numbers, got str"):
         jax2torch(lambda x: "text")(x)
+    with pytest.raises(TypeError, match=r"^results must be arrays or numbers, got Tensor"):
+        jax2torch(lambda x: torch.ones(2))(x)
+    with pytest.raises(TypeError, match=r"^containers of tensors must be pytrees, got max: make a tuple of"):
+        f(torch.max(torch.ones(2, 2), 1))
     with pytest.raises(TypeError, match=r"^tensors must be of a dtype that JAX has, got torch.complex32: "):
         f(torch.empty(2, dtype=torch.complex32))
 

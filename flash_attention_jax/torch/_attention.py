@@ -88,7 +88,7 @@ def flash_attention(
     they are. Backward passes run on out and lse with no
     second forward pass; derivatives exist to every order and in both modes, and `torch.func`'s
     transforms apply. It is an operator of `torch.library`, so that `torch.compile(fullgraph=True)`
-    and `torch.export` take models that contain it.
+    and `torch.export` take models that contain it; numbers are Python's there, not NumPy's.
 
     Args:
         q: queries (*batch, [N,] T, D), float16, bfloat16, float32 or float64.
@@ -103,7 +103,8 @@ def flash_attention(
         window: (left, right): key j is visible when -left <= j - position(i) <= right. An int w
             means (w, w), None on a side is unbounded.
         q_offset: position of the first query among the keys, an int or an integer tensor that
-            broadcasts to the batch. Defaults to S - T.
+            broadcasts to the batch, of a magnitude below 2**30 (the values of a tensor are not
+            checked). Defaults to S - T.
         scale: of the logits, a number or a tensor of one element and no axes, which may require a
             gradient. Defaults to D ** -0.5.
         softcap: c makes the logits c * tanh(logits / c) before `bias` is added.
@@ -126,17 +127,36 @@ def flash_attention(
     Example:
         >>> out = flash_attention(q, k, v, causal=True)
     """
-    pair = segment_ids if isinstance(segment_ids, tuple | list) else (segment_ids, segment_ids)
-    if len(pair) != 2:
-        fail("segment_ids", "a tensor or a pair (of queries, of keys)", f"{len(pair)} items")
-    if isinstance(segment_ids, Tensor) and q.shape[-2] != k.shape[-2]:
-        lengths = f"T = {q.shape[-2]} and S = {k.shape[-2]}"
-        fail("segment_ids", "a pair (of queries, of keys) where T and S differ", f"one tensor, {lengths}")
-    given = (q, k, v, bias, mask, key_mask, *pair)
+    check_tensors({"q": q, "k": k, "v": v}, {"bias": bias, "mask": mask, "key_mask": key_mask})
+    given = (q, k, v, bias, mask, key_mask, *_pair_of_segments(segment_ids, q, k))
     options: dict[str, Any] = {"causal": causal, "window": window, "softcap": softcap}
     options |= {"precision": precision, "deterministic": deterministic, "implementation": implementation}
     out, lse = attend(given, q_offset, scale, options)
     return (out, lse) if return_lse else out
+
+
+def check_tensors(needed: dict[str, Any], others: dict[str, Any]) -> None:
+    """Rejects what is no tensor; the others may be None."""
+    for name, x in (needed | others).items():
+        if not isinstance(x, Tensor) and (x is not None or name in needed):
+            fail(name, "a torch.Tensor", type(x).__name__, TypeError)
+
+
+def _pair_of_segments(segment_ids: Any, q: Tensor, k: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Ids of queries and of keys."""
+    if segment_ids is None:
+        return None, None
+    pair = segment_ids if isinstance(segment_ids, tuple | list) else (segment_ids, segment_ids)
+    must = "a tensor or a pair of tensors (of queries, of keys)"
+    if len(pair) != 2:
+        fail("segment_ids", must, f"{len(pair)} items")
+    for x in pair:
+        if not isinstance(x, Tensor):
+            fail("segment_ids", must, type(x).__name__, TypeError)
+    if isinstance(segment_ids, Tensor) and q.ndim > 1 and k.ndim > 1 and q.shape[-2] != k.shape[-2]:
+        lengths = f"T = {q.shape[-2]} and S = {k.shape[-2]}"
+        fail("segment_ids", "a pair (of queries, of keys) where T and S differ", f"one tensor, {lengths}")
+    return pair[0], pair[1]
 
 
 def attend(given: Sequence[Any], q_offset: Any, scale: Any, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -151,23 +171,24 @@ def attend(given: Sequence[Any], q_offset: Any, scale: Any, options: dict[str, A
     if options.get("deterministic") is None:
         options["deterministic"] = torch.are_deterministic_algorithms_enabled()
     if torch.compiler.is_compiling():
-        q_offset, scale, options = _without_symbols(q_offset, scale, options)
+        q_offset, scale, options = _without_symbols(q_offset, scale, options, given[0].device)
     offset_and_scale = {"q_offset": q_offset, "scale": scale}
     options |= {name: x for name, x in offset_and_scale.items() if not isinstance(x, Tensor)}
     every = [*given, *(x if isinstance(x, Tensor) else None for x in (q_offset, scale))]
-    for name, x in zip(ARRAYS, every, strict=True):
-        if (x is not None and not isinstance(x, Tensor)) or (x is None and name in ("q", "k", "v")):
-            shown = "segment_ids" if name.endswith("segments") else name
-            fail(shown, "a torch.Tensor", type(x).__name__, TypeError)
     transposed = _lie_by_position(*every[:3])
     if transposed:
         every[:3] = [x.transpose(-3, -2) for x in every[:3]]
         options["order"] = "BTND"
     names = tuple(name for name, x in zip(ARRAYS, every, strict=True) if x is not None)
-    set_options = tuple((name, x) for name, x in options.items() if x is not None and x is not False)
+    set_options = tuple((name, x) for name, x in options.items() if not _is_default(name, x))
     program = _described(names, set_options)
     out, lse = call(program, [x for x in every if x is not None])
     return out.transpose(-3, -2) if transposed else out, lse
+
+
+def _is_default(name: str, x: Any) -> bool:
+    """Whether an option says nothing; False of what is no switch is an error, found with the others."""
+    return x is None or (x is False and name in ("causal", "deterministic"))
 
 
 def _lie_by_position(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -182,7 +203,9 @@ def _lie_by_position(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return same and k.shape[-3] > 0 and q.shape[-3] % k.shape[-3] == 0
 
 
-def _without_symbols(q_offset: Any, scale: Any, options: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+def _without_symbols(
+    q_offset: Any, scale: Any, options: dict[str, Any], device: torch.device
+) -> tuple[Any, Any, dict[str, Any]]:
     """Numbers that depend on sizes, made constants of what is compiled; an offset is made a tensor."""
     from torch.fx.experimental.symbolic_shapes import guard_scalar, has_static_value
 
@@ -191,7 +214,7 @@ def _without_symbols(q_offset: Any, scale: Any, options: dict[str, Any]) -> tupl
         return guard_scalar(x) if is_number else x  # pyright: ignore[reportArgumentType]
 
     if isinstance(q_offset, int | torch.SymInt) and not has_static_value(q_offset):
-        q_offset = torch.full((), q_offset, dtype=torch.int32)  # pyright: ignore
+        q_offset = torch.full((), q_offset, dtype=torch.int32, device=device)  # pyright: ignore
     if isinstance(options.get("window"), tuple | list):
         options["window"] = tuple(constant(side) for side in options["window"])
     return constant(q_offset), constant(scale), {name: constant(x) for name, x in options.items()}

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from torch import _add_batch_dim, _remove_batch_dim  # pyright: ignore[reportPrivateImportUsage]
+from torch._C._autograd import _top_saved_tensors_default_hooks
+from torch._C._functorch import is_legacy_batchedtensor as is_batched
 from torch.autograd import forward_ad
 
 from flash_attention_jax.torch._crossing import is_differentiable
@@ -15,13 +18,59 @@ Tensors = Sequence[torch.Tensor]
 
 
 def apply(program: Program, frame: Frame, tensors: Tensors) -> tuple[torch.Tensor, ...]:
-    """Calls a program so that torch knows its derivatives."""
+    """Calls a program so that torch knows its derivatives.
+
+    Raises:
+        RuntimeError: the tensors belong to several nested batches of `is_grads_batched`.
+    """
+    if any(map(is_batched, tensors)):
+        return _apply_to_batch(program, frame, tensors)
+    wrt = ()
     if torch.is_grad_enabled():
-        frame.wrt = tuple(i for i, x in enumerate(tensors) if x.requires_grad)
+        wrt = tuple(i for i, x in enumerate(tensors) if x.requires_grad)
     # A fifth of the time of a small call is torch's way through `Apply`.
-    if not frame.wrt and not torch._C._are_functorch_transforms_active() and not _has_tangents(tensors):
+    if not wrt and not torch._C._are_functorch_transforms_active() and not _has_tangents(tensors):
         return program.run(frame, tensors)
+    # Checkpoints and other hooks decide about the memory of what is saved for the backward pass, and
+    # residuals are not saved by way of them: it then starts from the tensors alone.
+    if _top_saved_tensors_default_hooks(True) is None:
+        frame.wrt = wrt
     return Apply.apply(program, frame, *tensors)  # pyright: ignore[reportReturnType]
+
+
+_LEVELS = 64  # as many as torch has
+
+
+def _apply_to_batch(program: Program, frame: Frame, tensors: Tensors) -> tuple[torch.Tensor, ...]:
+    """The batched program, of the tensors that lie in a batch.
+
+    It is a batch of the vmap that `is_grads_batched` and `torch.autograd.functional` have to
+    themselves, which does not ask `Apply.vmap`.
+    """
+    level = _level(next(x for x in tensors if is_batched(x)))
+    whole = [_remove_batch_dim(x, level, 1, 0) if is_batched(x) else x for x in tensors]
+    if any(map(is_batched, whole)):
+        _refuse_nested()
+    dims = tuple(0 if is_batched(x) else None for x in tensors)
+    inner = frame.another()
+    results = apply(program.vmap(dims), inner, whole)
+    frame.tree = inner.tree
+    return tuple(_add_batch_dim(x, 0, level) for x in results)
+
+
+def _level(x: torch.Tensor) -> int:
+    """Of the one batch that a tensor belongs to; threads of the backward pass are not told."""
+    for level in range(1, _LEVELS + 1):
+        if not is_batched(_remove_batch_dim(x, level, 1, 0)):
+            return level
+    _refuse_nested()
+
+
+def _refuse_nested() -> NoReturn:
+    raise RuntimeError(
+        "batches of is_grads_batched or vectorize=True must not be nested here: "
+        "use torch.func.vmap, torch.func.jacrev or torch.func.hessian"
+    )
 
 
 def _has_tangents(tensors: Tensors) -> bool:
@@ -66,10 +115,8 @@ class Apply(torch.autograd.Function):
         gradients: list[torch.Tensor | None] = [None] * ctx.count
         if not given:
             return None, None, *gradients
-        pull, ctx.pull = (
-            ctx.pull,
-            None,
-        )  # Memory goes free as torch's does; another backward computes it anew.
+        # Memory goes free as torch's does; another backward computes it anew.
+        pull, ctx.pull = ctx.pull, None
         if pull is not None and not torch.is_grad_enabled():
             program = pullback(tuple(map(ctx.floating.index, given)), tuple(map(ctx.wrt.index, wrt)))
             found = apply(program, Frame(bound=pull, wide=ctx.frame.wide), values)

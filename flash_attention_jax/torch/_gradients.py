@@ -63,7 +63,7 @@ def tangents(
         options: as of `gradients`.
     """
     call, canonical, inner = _prepared(moved, arrays, options)
-    if call.problem.empty:
+    if call.problem.empty or not inner:
         return [jnp.zeros_like(x) for x in results]
     primals = {name: arrays[name] for name in moved}
     _, given, every = jax.jvp(canonical, (primals,), (moved,), has_aux=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 import types
@@ -28,14 +29,16 @@ def jax2torch(f: Callable[..., Any]) -> Callable[..., Any]:
     values of what is no tensor, and again for each derivative that is asked for. It must be pure,
     as under `jax.jit`. Torch differentiates the result to any order: backward, for the inputs that
     require it alone and from the residuals of the forward pass; forward mode; and `torch.func`'s
-    `grad`, `vjp`, `jvp` and `vmap`. With `torch.compile` it is a graph break;
-    `flash_attention_jax.torch.flash_attention` is not.
+    `grad`, `vjp`, `jvp` and `vmap`. Inside of `torch.utils.checkpoint` and other hooks on saved
+    tensors the residuals are not kept: the backward pass starts from the inputs. With
+    `torch.compile` it is a graph break; `flash_attention_jax.torch.flash_attention` is not.
 
     A call with a 64-bit tensor runs with `jax_enable_x64`, so that every dtype crosses as it is.
 
     Args:
         f: a function of any arguments, containers of them (tuples, lists, dicts, NamedTuples, other
             pytrees) and None, that returns a pytree of arrays and numbers, which become tensors.
+            Torch's own named results (`torch.return_types`) are no pytrees: make tuples of them.
 
     Returns:
         The function of tensors in place of arrays. Results have the structure of f's, NamedTuples
@@ -43,8 +46,9 @@ def jax2torch(f: Callable[..., Any]) -> Callable[..., Any]:
         and must be hashable. Without any tensor it runs on torch's default device.
 
     Raises:
-        TypeError: `f` is not callable; in a call, a static argument is not hashable, a tensor is
-            sparse, or a dtype is one that the other side lacks.
+        TypeError: `f` is not callable; in a call, a static argument is not hashable or a
+            container of tensors, a result is no array, a tensor is sparse, or a dtype is one that
+            the other side lacks.
         ValueError: in a call, the tensors are on several devices.
         RuntimeError: in a call, JAX does not see the device of the tensors, or torch traces it.
 
@@ -105,6 +109,9 @@ _TENSOR = object()
 
 def _key(x: Any) -> Hashable:
     """Tells static values apart, also those that are equal: 1, 1.0 and True; 0.0 and -0.0."""
+    # They are hashed by identity: a call would get the values that its tensors had in another.
+    if isinstance(x, tuple | frozenset) and any(isinstance(item, torch.Tensor) for item in x):
+        raise TypeError(f"containers of tensors must be pytrees, got {type(x).__name__}: make a tuple of it")
     try:
         hash(x)
     except TypeError:
@@ -128,7 +135,8 @@ def _of_arrays(f: Callable[..., Any], leaves: list[Any], tree: Any) -> Callable[
 
 
 def _array(x: Any) -> jax.Array:
-    try:
-        return jnp.asarray(x)
-    except TypeError:
-        raise TypeError(f"results must be arrays or numbers, got {type(x).__name__}") from None
+    # JAX would make constants of tensors, which are no arguments, and of what is no pytree.
+    if not isinstance(x, torch.Tensor | tuple):
+        with contextlib.suppress(TypeError):
+            return jnp.asarray(x)
+    raise TypeError(f"results must be arrays or numbers, got {type(x).__name__}")

@@ -183,6 +183,7 @@ def _on_device(tensors: Tensors, program: str) -> list[torch.Tensor]:
 
 
 @torch.library.impl(_LIBRARY, "call", "Autograd")
+@torch.library.impl(_LIBRARY, "call", "Batched")
 def _autograd(tensors: Tensors, program: str) -> list[torch.Tensor]:
     return list(apply(operation(program), Frame(), tensors))
 

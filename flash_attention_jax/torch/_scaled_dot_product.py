@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flash_attention_jax._arguments import fail
-from flash_attention_jax.torch._attention import attend
+from flash_attention_jax.torch._attention import attend, check_tensors
 
 
 def scaled_dot_product_attention(
@@ -52,7 +52,7 @@ def scaled_dot_product_attention(
     Example:
         >>> out = scaled_dot_product_attention(query, key, value, is_causal=True)
     """
-    _check_types(query, key, value, attn_mask)
+    check_tensors({"query": query, "key": key, "value": value}, {"attn_mask": attn_mask})
     query, key, value, attn_mask = (_autocast(x) for x in (query, key, value, attn_mask))
     _check(query, key, value)
     if dropout_p != 0:
@@ -71,12 +71,6 @@ def scaled_dot_product_attention(
     return attend(given, 0 if is_causal else None, scale, {"causal": bool(is_causal)})[0]
 
 
-def _check_types(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> None:
-    for name, x in (("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask)):
-        if (x is not None and not isinstance(x, Tensor)) or (x is None and name != "attn_mask"):
-            fail(name, "a torch.Tensor", type(x).__name__, TypeError)
-
-
 def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
     """What `flash_attention` would report under other names."""
     for name, x in (("query", query), ("key", key), ("value", value)):
@@ -84,6 +78,8 @@ def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
             fail(name, "of shape (*batch, H, length, dim) or (length, dim)", f"shape {tuple(x.shape)}")
         if x.dtype != query.dtype:
             fail(name, f"of query's dtype {query.dtype}", x.dtype, TypeError)
+        if x.shape[-1] == 0:
+            fail(name, "of a head dim of at least 1", f"shape {tuple(x.shape)}")
     if key.shape[-1] != query.shape[-1]:
         fail("key", f"of query's head dim E = {query.shape[-1]}", f"shape {tuple(key.shape)}")
     if value.shape[-2] != key.shape[-2]:
