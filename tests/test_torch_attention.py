@@ -221,6 +221,19 @@ def test_heads_are_attended_to_in_the_order_in_which_they_lie(fused, monkeypatch
     torch.testing.assert_close((out, lse), expected)
 
 
+def test_a_query_that_sees_nothing_enters_no_gradient_of_the_scale():
+    q, k, v = (torch.randn(5, 4, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    mask = torch.ones(5, 5, dtype=torch.bool)
+    mask[2] = False
+    slopes = []
+    for anything in (0.0, torch.nan):
+        q[2] = anything
+        scale = torch.tensor(0.5, requires_grad=True)
+        flash_attention(q, k, v, mask=mask, scale=scale).sum().backward()
+        slopes.append(scale.grad)
+    torch.testing.assert_close(*slopes)
+
+
 def test_derivatives_of_heads_in_the_order_in_which_they_lie():
     x = [heads(count=2, seed=i, length=3).detach().requires_grad_() for i in range(3)]
     scale = torch.tensor(0.6, dtype=torch.float64, requires_grad=True)

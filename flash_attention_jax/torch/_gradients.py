@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flash_attention_jax._arguments import normalize
 from flash_attention_jax._attend import Call, backward_p, tangent_p
 from flash_attention_jax._formulas import DIFFERENTIABLE, delta_of
-from flash_attention_jax._problem import Operands, Problem, arrange
+from flash_attention_jax._problem import Operands, Problem, arrange, scaled
 from flash_attention_jax._varying import alike
 
 Array = Any
@@ -93,8 +93,7 @@ def _prepared(
     def canonical(moved):
         q, factor = moved.get("q", operands.q), moved.get("scale", scale)
         if factor is not None:
-            wide = problem.accumulator
-            q = (q.astype(wide) * factor.astype(wide)).astype(q.dtype)
+            q = scaled(problem, q, factor)
         every = operands._replace(**{"q": q, **{x: moved[x] for x in moved if x not in ("q", "scale")}})
         every = arrange(problem, every)
         return [getattr(every, name) for name in inner], every
