@@ -150,7 +150,9 @@ def _run(plan: Plan, strategy: str, operands: Operands, scale: Any) -> tuple[Arr
     if p.empty:
         return jnp.zeros(shapes[0], p.dtype), jnp.full(shapes[1], -jnp.inf, p.accumulator)
     if scale is not None:
-        wide = q.astype(p.accumulator) * scale.astype(p.accumulator)
+        # A query that sees no key may hold anything, and in the gradient of scale 0 * NaN would be NaN.
+        finite, wide = jnp.isfinite(q), q.astype(p.accumulator)
+        wide = jnp.where(finite, jnp.where(finite, wide, 0) * scale.astype(p.accumulator), wide)
         operands = operands._replace(q=wide.astype(q.dtype))
     function = {"ring": ring, "all_to_all": all_to_all, "all_gather": all_gather}[strategy]
     out, lse = function(plan, arrange(p, operands))
