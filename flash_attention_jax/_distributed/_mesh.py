@@ -116,8 +116,6 @@ def _as_it_lies(mesh: Any, q: Any, axis_name: str, problem: Problem) -> Partitio
     entries = list(kind.spec)[: q.ndim - 2] if known else []
     entries = [None if axis_name in _names(e) else e for e in entries]
     entries += [None] * (q.ndim - 2 - len(entries))
-    # The array may lie on another mesh, whose axes of these names have other sizes.
-    entries[:-1] = [None if n % _size(mesh, e) else e for n, e in zip(q.shape, entries[:-1], strict=False)]
     if entries and not _divide_heads(mesh, entries[-1], problem):
         entries[-1] = None
     return PartitionSpec(*entries, axis_name, None)
@@ -248,22 +246,26 @@ def _shown_keys(division: Division, operands: Operands) -> Array | None:
     loses keys; those past the last query's reach are hidden here.
     """
     p, (T, S) = division.problem, division.lengths
-    known = p.right is not None and p.q_offset is not None
-    reach = p.T - 1 + p.q_offset + p.right if known else None
+    first: Any = p.q_offset if p.offsets is None else operands.q_offset[..., None]
+    reach = None if p.right is None or p.q_offset is None else p.T - 1 + p.q_offset + p.right
     shown = operands.key_mask
     if shown is not None:
         shown = jnp.broadcast_to(shown != 0, (*shown.shape[:-1], p.S))
     elif S > p.S and (reach is None or reach >= p.S):
         shown = jnp.ones((p.S,), bool)
     if T > p.T and p.right is not None and (reach is None or reach < p.S - 1):
-        offset = p.q_offset if p.offsets is None else operands.q_offset[..., None]
-        near = jnp.arange(p.S, dtype=jnp.int32) - (p.T - 1) - offset <= p.right
+        near = jnp.arange(1 - p.T, p.S - p.T + 1, dtype=jnp.int32) - first <= p.right
         shown = near if shown is None else shown & near
     return shown
 
 
 def _ended(x: Array, axis: int, length: int, repeat: bool) -> Array:
     """x with an axis of this length, ending in 0 or in repetitions of what it ended in."""
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, length - x.shape[axis])
-    return jnp.pad(x, widths, mode="edge" if repeat and x.shape[axis] else "constant")
+    n, widths = x.shape[axis], [(0, 0)] * x.ndim
+    widths[axis] = (0, length - n)
+    padded = jnp.pad(x, widths)
+    if not repeat or n == 0:
+        return padded
+    # `jnp.pad(mode="edge")` loses on the way what explicit axes divide.
+    given = jnp.arange(length).reshape(-1, *(1,) * (-1 - axis)) < n
+    return jnp.where(given, padded, lax.slice_in_dim(x, n - 1, n, axis=axis))
