@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.core import Tracer
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flash_attention_jax._api import AttentionOutput
 from flash_attention_jax._arguments import fail
@@ -90,7 +91,8 @@ def ring_attention(
             gives them, device r holding pieces r and 2P - 1 - r of 2P. The results lie as q does.
 
     Returns:
-        `AttentionOutput(out, lse)`, divided as q is.
+        `AttentionOutput(out, lse)`, divided as q is. On a mesh of explicit axes, as `jax.make_mesh` makes
+        them, results of a length that P does not divide are not divided over `axis_name`.
 
     Raises:
         ValueError: a shape or a value is wrong; "all_to_all" with heads that P does not divide; no such
@@ -146,10 +148,10 @@ def explain(
         >>> x = jax.ShapeDtypeStruct((16, 32768, 128), "bfloat16")
         >>> print(explain(x, x, x, causal=True, devices=4))
     """
-    if not isinstance(devices, int) or devices < 1:
-        fail(
-            "devices", "a positive int", repr(devices), ValueError if isinstance(devices, int) else TypeError
-        )
+    if not isinstance(devices, int) or isinstance(devices, bool):
+        fail("devices", "a positive int", repr(devices), TypeError)
+    if devices < 1:
+        fail("devices", "a positive int", devices)
     options = Options(
         causal, window, None, softcap, precision, deterministic, implementation, "x", None, layout
     )
@@ -187,6 +189,7 @@ def shard_sequence(
 
     Raises:
         ValueError: the length is not divided, or there is no such axis.
+        TypeError: x, axis or mesh is of a wrong type.
 
     Example:
         >>> tokens, positions = shard_sequence(tokens, -1, mesh=mesh)
@@ -196,7 +199,7 @@ def shard_sequence(
     devices, axis = _checked(x, axis, mesh, axis_name, layout)
     positions = from_natural(np.arange(x.shape[axis], dtype=np.int32), 0, layout, devices)
     # Arrays of the host stay there, so that each process sends its own devices' part alone.
-    stored = from_natural(x, axis, layout, devices)
+    stored = from_natural(_whole(x, mesh), axis, layout, devices)
     place = [PartitionSpec(*(None,) * n, axis_name) for n in (axis, 0)]
     placed = [
         jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip((stored, positions), place, strict=True)
@@ -213,20 +216,32 @@ def unshard_sequence(
         x, axis, mesh, axis_name, layout: as there.
 
     Raises:
-        ValueError: as there.
+        ValueError, TypeError: as there.
     """
     devices, axis = _checked(x, axis, mesh, axis_name, layout)
     place = NamedSharding(mesh, PartitionSpec(*(None,) * axis, axis_name))
     return jax.device_put(to_natural(x, axis, layout, devices), place)
 
 
+def _whole(x: Array, mesh: Any) -> Array:
+    """x, divided over no explicit axis of the mesh, which would not let its pieces be taken apart."""
+    here = not isinstance(x, jax.Array) or (not isinstance(x, Tracer) and x.sharding.is_fully_replicated)
+    if here or AxisType.Explicit not in mesh.axis_types:
+        return x
+    return jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
+
+
 def _checked(x: Any, axis: int, mesh: Any, axis_name: str, layout: str) -> tuple[int, int]:
     """The number of devices, and the axis counted from the first."""
     _choice.check_names(None, layout)
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        fail("mesh", "a jax.sharding.Mesh", type(mesh).__name__, TypeError)
     if axis_name not in mesh.axis_names:
         fail("axis_name", f"of the mesh's axes {mesh.axis_names}", repr(axis_name))
     if not isinstance(x, jax.Array | np.ndarray):
         fail("x", "a JAX or NumPy array", type(x).__name__, TypeError)
+    if not isinstance(axis, int | np.integer) or isinstance(axis, bool):
+        fail("axis", "an int", repr(axis), TypeError)
     if not -x.ndim <= axis < x.ndim:
         fail("axis", f"an axis of x, which has {x.ndim}", axis)
     devices = mesh.shape[axis_name]

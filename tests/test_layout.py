@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from flash_attention_jax import Unsupported
 from flash_attention_jax._distributed._call import Options, describe
 from flash_attention_jax._distributed._layout import from_natural, to_natural, ways
 from flash_attention_jax._mask import Cover
 from flash_attention_jax._problem import Operands
-from flash_attention_jax.distributed import explain, ring_attention
+from flash_attention_jax.distributed import explain, ring_attention, shard_sequence, unshard_sequence
 
 
 def plan_of(devices=4, layout="contiguous", T=6, S=6, N=1, K=1, D=8, implementation=None, **options):
@@ -121,6 +122,7 @@ def test_choice():
 
 X = np.zeros((2, 8, 4), np.float32)
 MESH = {"mesh": jax.sharding.AbstractMesh((1,), ("x",))}
+PAIR = {"mesh": jax.sharding.AbstractMesh((2, 1), ("d", "x"))}
 WRONG = {
     "no axis": (dict(), ValueError, "axis_name must be an axis of a jax.shard_map around, or mesh be given"),
     "axis": (
@@ -138,12 +140,37 @@ WRONG = {
     "layout": (dict(MESH, layout=None), TypeError, "layout must be 'contiguous' or 'zigzag', got None"),
     "spec": (dict(MESH, spec=3), TypeError, "spec must be None or a jax.sharding.PartitionSpec, got int"),
     "spec axes": (
-        dict(MESH, spec=jax.sharding.PartitionSpec("x")),
+        dict(MESH, spec=P("x")),
         ValueError,
         "spec must be of 3 axes, the length over 'x' and the head dim whole",
     ),
+    "spec entries": (
+        dict(MESH, spec=P(P.UNCONSTRAINED, "x", None)),
+        ValueError,
+        "spec must be of None, names of mesh axes, and tuples of names, got P",
+    ),
+    "spec names": (
+        dict(MESH, spec=P("nope", "x", None)),
+        ValueError,
+        r"spec must be of the mesh's axes \('x',\), got P.*'nope', 'x', None",
+    ),
+    "spec twice": (
+        dict(PAIR, q=np.zeros((2, 2, 8, 4), np.float32), spec=P("d", "d", "x", None)),
+        ValueError,
+        "spec must be with each mesh axis once, got P",
+    ),
+    "spec batch": (
+        dict(PAIR, q=np.zeros((3, 2, 8, 4), np.float32), spec=P("d", None, "x", None)),
+        ValueError,
+        r"spec must be of mesh axes that divide the batch shape \(3,\), got P",
+    ),
+    "spec heads": (
+        dict(PAIR, q=np.zeros((2, 3, 8, 4), np.float32), spec=P(None, "d", "x", None)),
+        ValueError,
+        "spec must be of mesh axes that divide the head counts N = 3 and K = 3, got P",
+    ),
     "spec without mesh": (
-        dict(spec=jax.sharding.PartitionSpec()),
+        dict(spec=P()),
         ValueError,
         "spec must be None without mesh",
     ),
@@ -161,8 +188,37 @@ WRONG = {
 def test_errors(name):
     options, error, message = WRONG[name]
     options = dict(options)
+    q = options.pop("q", X)
+    k = X if q.ndim == X.ndim else q
     with pytest.raises(error, match=message):
-        ring_attention(options.pop("q", X), X, X, **options)
+        ring_attention(q, k, k, **options)
+
+
+WRONG_SHARDS = {
+    "mesh": (dict(mesh=None), TypeError, "mesh must be a jax.sharding.Mesh, got NoneType"),
+    "axis": (dict(axis="a"), TypeError, "axis must be an int, got 'a'"),
+    "axis of bool": (dict(axis=True), TypeError, "axis must be an int, got True"),
+    "no such axis": (dict(axis=3), ValueError, "axis must be an axis of x, which has 3, got 3"),
+    "mesh axis": (dict(axis_name="y"), ValueError, r"axis_name must be of the mesh's axes \('x',\), got 'y'"),
+    "x": (dict(x=[1, 2]), TypeError, "x must be a JAX or NumPy array, got list"),
+}
+
+
+@pytest.mark.parametrize("function", [shard_sequence, unshard_sequence])
+@pytest.mark.parametrize("name", WRONG_SHARDS)
+def test_errors_of_shards(function, name):
+    options, error, message = WRONG_SHARDS[name]
+    options = MESH | options
+    with pytest.raises(error, match=message):
+        function(options.pop("x", X), **options)
+
+
+@pytest.mark.parametrize(
+    ("devices", "error"), [(True, TypeError), (2.0, TypeError), (None, TypeError), (0, ValueError)]
+)
+def test_a_number_of_devices(devices, error):
+    with pytest.raises(error, match=f"devices must be a positive int, got {devices}"):
+        explain(X, X, X, devices=devices)
 
 
 def test_refusals_by_name():

@@ -16,7 +16,7 @@ from flash_attention_jax._distributed import _choice
 from flash_attention_jax._distributed._exchange import all_gather, all_to_all
 from flash_attention_jax._distributed._layout import Plan, pieces_of
 from flash_attention_jax._distributed._ring import ring
-from flash_attention_jax._problem import Operands, Problem, arrange
+from flash_attention_jax._problem import Operands, Problem, arrange, scaled
 
 Array = Any
 
@@ -150,8 +150,7 @@ def _run(plan: Plan, strategy: str, operands: Operands, scale: Any) -> tuple[Arr
     if p.empty:
         return jnp.zeros(shapes[0], p.dtype), jnp.full(shapes[1], -jnp.inf, p.accumulator)
     if scale is not None:
-        wide = q.astype(p.accumulator) * scale.astype(p.accumulator)
-        operands = operands._replace(q=wide.astype(q.dtype))
+        operands = operands._replace(q=scaled(p, q, scale))
     function = {"ring": ring, "all_to_all": all_to_all, "all_gather": all_gather}[strategy]
     out, lse = function(plan, arrange(p, operands))
     return out.reshape(shapes[0]), lse.reshape(shapes[1])

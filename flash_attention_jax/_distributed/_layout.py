@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from flash_attention_jax._mask import Cover
 from flash_attention_jax._problem import Problem
@@ -40,9 +41,10 @@ def to_natural(x: Array, axis: int, layout: str, devices: int) -> Array:
     if layout == "contiguous":
         return x
     axis %= x.ndim
-    split = x.reshape(*x.shape[:axis], devices, 2, -1, *x.shape[axis + 1 :])
+    length = x.shape[axis] // (2 * devices)
+    split = x.reshape(*x.shape[:axis], devices, 2, length, *x.shape[axis + 1 :])
+    early, late = (_at(split, i, axis + 1) for i in (0, 1))
     xp = _numpy_of(x)
-    early, late = (xp.take(split, i, axis + 1) for i in (0, 1))
     return xp.concatenate([early, xp.flip(late, axis)], axis).reshape(x.shape)
 
 
@@ -51,10 +53,18 @@ def from_natural(x: Array, axis: int, layout: str, devices: int) -> Array:
     if layout == "contiguous":
         return x
     axis %= x.ndim
-    split = x.reshape(*x.shape[:axis], 2, devices, -1, *x.shape[axis + 1 :])
+    length = x.shape[axis] // (2 * devices)
+    split = x.reshape(*x.shape[:axis], 2, devices, length, *x.shape[axis + 1 :])
+    early, late = (_at(split, i, axis) for i in (0, 1))
     xp = _numpy_of(x)
-    early, late = (xp.take(split, i, axis) for i in (0, 1))
     return xp.stack([early, xp.flip(late, axis)], axis + 1).reshape(x.shape)
+
+
+def _at(x: Array, index: int, axis: int) -> Array:
+    """The element of an axis, whose transpose for JAX is a pad: a scatter asks for a sharding."""
+    if isinstance(x, np.ndarray):
+        return x[(slice(None),) * axis + (index,)]
+    return lax.index_in_dim(x, index, axis, keepdims=False)
 
 
 def _numpy_of(x: Array) -> Any:

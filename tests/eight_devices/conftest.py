@@ -28,6 +28,14 @@ def ring():
 
 
 @pytest.fixture
+def quickly_compiled():
+    """A third of the compiler's work on these many programs goes into making them fast."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
 def collectives():
     """A function from a compiled program to how often each collective stands in it."""
     names = ("all-gather", "all-to-all", "collective-permute", "reduce-scatter")
