@@ -199,7 +199,7 @@ def shard_sequence(
     devices, axis = _checked(x, axis, mesh, axis_name, layout)
     positions = from_natural(np.arange(x.shape[axis], dtype=np.int32), 0, layout, devices)
     # Arrays of the host stay there, so that each process sends its own devices' part alone.
-    stored = from_natural(_whole(x, mesh), axis, layout, devices)
+    stored = from_natural(x if layout == "contiguous" else _whole(x, mesh), axis, layout, devices)
     place = [PartitionSpec(*(None,) * n, axis_name) for n in (axis, 0)]
     placed = [
         jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip((stored, positions), place, strict=True)

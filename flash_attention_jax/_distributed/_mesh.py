@@ -253,7 +253,7 @@ def _shown_keys(division: Division, operands: Operands) -> Array | None:
     loses keys; those past the last query's reach are hidden here.
     """
     p, (T, S) = division.problem, division.lengths
-    first: Any = p.q_offset if p.offsets is None else operands.q_offset[..., None]
+    first: Any = p.q_offset if p.offsets is None else operands.q_offset[..., None].astype(jnp.int32)
     reach = None if p.right is None or p.q_offset is None else p.T - 1 + p.q_offset + p.right
     shown = operands.key_mask
     if shown is not None:

@@ -65,7 +65,7 @@ IDS = (
 HIDING = {
     "offset": (5, 16, after(5, 5), dict(causal=True, q_offset=0)),
     "offset of an array": (5, 16, after(5, 2), dict(causal=True, q_offset=np.array([0, -3], np.int32))),
-    "largest window": (5, 8, after(5, 5), dict(causal=True, window=(2**31 - 2, 2**31 - 2), q_offset=0)),
+    "largest window": (5, 8, [], dict(window=(None, 2**31 - 2), q_offset=np.array([9, -3], np.int32))),
     "window": (5, 8, after(7, 7), dict(window=(2, 2), q_offset=0)),
     "window of uneven keys": (5, 10, after(7, 7), dict(window=(2, 2), q_offset=0)),
     "no query sees a key": (3, 9, after(0, 0), dict(causal=True, q_offset=-5)),
