@@ -16,6 +16,8 @@ SHAPES: dict[str, tuple[Any, ...]] = {
     "4k-causal": (4, 4096, 4096, 16, 16, 128, 128, {"causal": True}),
     "2k": (8, 2048, 2048, 16, 16, 128, 128, {}),
     "2k-causal": (8, 2048, 2048, 16, 16, 128, 128, {"causal": True}),
+    "1k": (16, 1024, 1024, 16, 16, 128, 128, {}),
+    "1k-causal": (16, 1024, 1024, 16, 16, 128, 128, {"causal": True}),
     "512": (32, 512, 512, 16, 16, 128, 128, {}),
     "512-causal": (32, 512, 512, 16, 16, 128, 128, {"causal": True}),
     "gqa-causal": (2, 8192, 8192, 32, 8, 128, 128, {"causal": True}),
@@ -61,11 +63,11 @@ CHECKS: dict[str, tuple[Any, ...]] = {
 
 # What is varied: fields of `Config`, beside the table's choice.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "d128": [{"q_in_registers": False}, {"pingpong": False}],
-    "d128-causal": [{"q_in_registers": True}, {"persistent": False}],
+    "d128": [{"q_in_registers": 0}, {"pingpong": False}],
+    "d128-causal": [{"q_in_registers": 128}, {"persistent": False}],
     "d64": [{"pingpong": False}, {"consumers": 2}],
     "d256": [{"pingpong": False}],
-    "4k": [{"q_in_registers": False}],
+    "4k": [{"q_in_registers": 0}],
     "window": [{"persistent": False}, {"section": 1}],
 }
 
@@ -157,6 +159,9 @@ _BACKWARD_SHAPES = (
     "2k",
     "2k-causal",
     "gqa-causal",
+    "1k",
+    "1k-causal",
+    "512",
     "512-causal",
     "window",
     "half-key-mask",

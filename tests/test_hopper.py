@@ -153,7 +153,24 @@ def test_sizes_that_do_not_fit_are_told():
     more = _configs.too_large(problem, dataclasses.replace(fits, stages=4))
     assert more == "tiles take 346112 bytes of shared memory, a thread block has 232448"
     wider = _configs.too_large(problem, dataclasses.replace(fits, consumers=1, block_q=128))
-    assert wider == "tiles take 376 registers of a thread, it has 240"
+    assert wider == "tiles take 408 registers of a thread, it has 240"
+
+
+@pytest.mark.skipif(not NEW, reason="imports Pallas of a newer JAX")
+@pytest.mark.parametrize("columns", [0, 64, 100, 256])
+@pytest.mark.parametrize(("dim", "length"), [(256, 512), (256, 500), (80, 512), (40, 300)])
+def test_queries_in_registers_and_in_shared_memory_make_all_columns(dim, length, columns):
+    from flash_attention_jax._impl.hopper._kernel import parts_of_q
+
+    problem, _ = described((1, 2, length, dim), (1, 2, length, dim))
+    of = _configs.chunks(problem, dim)
+    config = dataclasses.replace(_configs.choose_config(problem), q_in_registers=columns)
+    parts = parts_of_q(of, config)
+    taken = [part.chunk * of.width + part.first + i for part in parts for i in range(part.width)]
+    assert taken == list(range(of.columns))
+    held = sum(part.width for part in parts if part.held)
+    assert held == min(columns // of.tile * of.tile, of.columns)
+    assert all(part.width % of.tile == 0 for part in parts)
 
 
 # The order of tiles and the blocks that they visit.

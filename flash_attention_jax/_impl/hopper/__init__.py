@@ -9,7 +9,7 @@ from typing import Any
 
 from flash_attention_jax import _formulas
 from flash_attention_jax._impl.base import Device, Implementation
-from flash_attention_jax._impl.hopper._backward_configs import refuses_backward
+from flash_attention_jax._impl.hopper._backward_configs import faster_apart, refuses_backward
 from flash_attention_jax._impl.hopper._refuses import refuses
 from flash_attention_jax._problem import Operands, Problem
 
@@ -27,16 +27,16 @@ def backward(
     """See `base.Backward`. Sizes that `refuses_backward` names are computed by `_formulas`.
 
     One kernel computes all gradients, in which those of q are added up in any order. Where their bits must be
-    the same on every run, or nothing else is wanted, they have a kernel of their own.
+    the same on every run, nothing else is wanted, or it is faster, they have a kernel of their own.
     """
     if refuses_backward(problem) is not None:
         return _formulas.backward(problem, operands, lse, dout, delta, wrt)
     from flash_attention_jax._impl.hopper import _backward, _dq
 
     given = problem, operands, lse, dout, delta
-    if wrt != ("q",) and not (problem.deterministic and "q" in wrt):
-        return _backward.backward(*given, wrt)
     others = tuple(name for name in wrt if name != "q")
+    if "q" not in wrt or (others and not (problem.deterministic or faster_apart(problem))):
+        return _backward.backward(*given, wrt)
     rest = _backward.backward(*given, others) if others else []
     return [_dq.query_gradient(*given), *rest]
 

@@ -9,6 +9,7 @@ those that are visible whole holds no code for masks and never asks which block 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Generic, NamedTuple
 
 import jax
@@ -257,13 +258,13 @@ class Place:
 
     Attributes:
         first: its first row; offset: that of the band.
-        queries: its chunks of Q, where they are in registers.
+        queries: the columns of Q that it holds in registers.
     """
 
     batch: Any
     first: Any
     offset: Any
-    queries: list[Array] | None = None
+    queries: Sequence[Array] = ()
 
 
 def seen_in_block(plan: Plan, refs: Tables, place: Place, block: Any, zero: Any = None) -> Array:

@@ -63,8 +63,8 @@ class Config(Tiling):
         overlap: whether the next QK^T is issued before the softmax of this block is computed.
         pingpong: whether consumers take turns at issuing matrix products.
         out_slots: pieces of 64 rows of the result that a consumer may have on their way out.
-        q_in_registers: whether a consumer keeps its queries in registers instead of reading them from shared
-            memory for every block.
+        q_in_registers: columns of its queries that a consumer keeps in registers instead of reading them from
+            shared memory for every block, as far as they are whole tiles.
         value_tile: columns of one swizzled tile of V, 64 or 32; without masks, `block_kv` need be a multiple
             of it only.
         lane: whether Mosaic lowers thread by thread instead of warpgroup by warpgroup.
@@ -74,7 +74,7 @@ class Config(Tiling):
     overlap: bool = True
     pingpong: bool = True
     out_slots: int = 2
-    q_in_registers: bool = False
+    q_in_registers: int = 0
     value_tile: int = 64
     lane: bool = False
 
@@ -123,22 +123,23 @@ def value_chunks(problem: Problem, config: Config) -> Chunks:
 
 
 # The sizes of FlashAttention-3 (arXiv 2407.08608) as far as a multiple of 64 keys and the shared memory of
-# separate output slots allow; `_kernel` has the figures of others. By padded max(D, Dv).
-_TABLE: tuple[tuple[int, Config], ...] = (
-    (64, Config(block_q=64, block_kv=128, stages=4, consumers=3)),
-    (128, Config(block_q=64, block_kv=128, stages=2, consumers=2, q_in_registers=True)),
-    (192, Config(block_q=64, block_kv=64, stages=3, consumers=2, out_slots=1)),
-    (256, Config(block_q=64, block_kv=64, stages=2, consumers=2, out_slots=1)),
+# separate output slots allow; `_kernel` has the figures of others. By padded D and Dv.
+_TABLE: tuple[tuple[int, int, Config], ...] = (
+    (64, 64, Config(block_q=64, block_kv=128, stages=4, consumers=3)),
+    (128, 128, Config(block_q=64, block_kv=128, stages=2, consumers=2, q_in_registers=128)),
+    (192, 128, Config(block_q=64, block_kv=128, stages=2, consumers=2, out_slots=1)),
+    (192, 192, Config(block_q=64, block_kv=64, stages=3, consumers=2, out_slots=1)),
+    (256, 256, Config(block_q=64, block_kv=64, stages=2, consumers=2, out_slots=1, q_in_registers=64)),
 )
 
 
 def choose_config(problem: Problem) -> Config:
     """The sizes for a problem whose head dims are at most 256."""
-    widest = max(chunks(problem, dim).columns for dim in (problem.D, problem.Dv))
-    config = fitted(problem, next(config for limit, config in _TABLE if widest <= limit))
+    D, Dv = (chunks(problem, dim).columns for dim in (problem.D, problem.Dv))
+    config = fitted(problem, next(c for most, most_v, c in _TABLE if most >= D and most_v >= Dv))
     stages = min(config.stages, max(2, -(-problem.S // config.block_kv)))
     # Masks take the registers.
-    in_registers = config.q_in_registers and not problem.masked
+    in_registers = 0 if problem.masked else config.q_in_registers
     return dataclasses.replace(config, stages=stages, q_in_registers=in_registers)
 
 
@@ -200,7 +201,7 @@ def registers(problem: Problem, config: Config) -> int:
     rows = config.block_q / 64
     sums = rows * chunks(problem, problem.Dv).columns / 2
     logits = rows * config.block_kv / 2
-    queries = rows * chunks(problem, problem.D).columns / 4 if config.q_in_registers else 0
+    queries = rows * min(config.q_in_registers, chunks(problem, problem.D).columns) / 4
     return math.ceil(sums + logits * 1.5 + queries) + _OTHER_REGISTERS
 
 

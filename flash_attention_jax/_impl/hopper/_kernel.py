@@ -41,6 +41,12 @@ run, which varies by 3 % from run to run; sizes are block_q x consumers, block_k
 On an H200:
 
     head dim 128 full      queries in registers 614, in shared memory 602; causal 585 and 588
+    head dim 256 full      64 columns of the queries in registers 660, none 649; in another run 647, 638, and
+                           613 with 128, which spills registers; causal 594, 604, 600
+    192 and 128, causal    64 x 2, 128 with two stages 570, 64 x 2, 64 with three 513
+    two tiles of queries   in shared memory: causal 587 for 587 at 16384 tokens, 524 for 518 at 4096, 454 for
+                           457 at 2048, 272 for 270 at 512; a window of 1024 403 for 402, a key mask 588
+                           for 605
     softmax before wait    ptxas moves the exponentials behind the wait for the sums of the block before, so
                            that only the maximum runs under these. A store that needs all exponentials, which
                            ptxas does not move, keeps them before it, and costs. Full 64, 128, 256: 488 for
@@ -69,7 +75,7 @@ from flash_attention_jax._impl.hopper._blocks import (
     rem,
     seen_in_block,
 )
-from flash_attention_jax._impl.hopper._configs import REGISTERS, Config
+from flash_attention_jax._impl.hopper._configs import REGISTERS, Chunks, Config
 from flash_attention_jax._impl.hopper._memory import Memory
 from flash_attention_jax._impl.hopper._results import finished, give_lse, give_rows
 from flash_attention_jax._impl.hopper._softmax import Statistics, across
@@ -133,6 +139,25 @@ def produce(plan: Plan[Config], arrays: Arrays, memory: Memory) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
+class Columns:
+    """Columns of a chunk of Q, all of them `held` in registers or all in shared memory."""
+
+    chunk: int
+    first: int
+    width: int
+    held: bool
+
+
+def parts_of_q(of: Chunks, config: Config) -> list[Columns]:
+    """Q as its products with K take it, the first `q_in_registers` columns from registers."""
+    parts = []
+    for chunk in range(of.count):
+        held = min(max(config.q_in_registers - chunk * of.width, 0), of.width) // of.tile * of.tile
+        parts += [Columns(chunk, 0, held, True), Columns(chunk, held, of.width - held, False)]
+    return [part for part in parts if part.width]
+
+
+@dataclasses.dataclass(frozen=True)
 class State:
     """What a consumer carries from block to block.
 
@@ -190,10 +215,12 @@ class Consumer:
         first = row * c.tile_q + self.own * c.block_q
         place = Place(batch, first, self.plan.offset(self.arrays.tables, batch))
         plgpu.barrier_wait(m.q_full)
-        if c.q_in_registers and m.weights is None:
-            rows = pl.ds(self.own * c.block_q, c.block_q)
-            queries = [load(m.q.tiles.at[chunk, rows], layout=_WGMMA) for chunk in range(m.q.of.count)]
-            place = dataclasses.replace(place, queries=queries)
+        if m.weights is None:
+            held = [load(self._queries(part), layout=_WGMMA) for part in parts_of_q(m.q.of, c) if part.held]
+            place = dataclasses.replace(place, queries=held)
+        if self._holds_queries:
+            # Those of the next tile may come.
+            plgpu.barrier_arrive(m.q_free)
         nothing = State(self._no_sums(), Statistics.start(c.block_q))
         blocks = self._overlapped if c.overlap else self._one_by_one
 
@@ -202,7 +229,7 @@ class Consumer:
             return done.sums, tuple(done.statistics)
 
         def none():
-            plgpu.barrier_arrive(m.q_free)
+            self._release_queries()
             return nothing.sums, tuple(nothing.statistics)
 
         sums, statistics = lax.cond(visits.seen > 0, some, none) if p.masked else some()
@@ -219,7 +246,7 @@ class Consumer:
             return self._pipelined(State.of(flat), place, visits, count).flat()
 
         def none(flat):
-            plgpu.barrier_arrive(self.memory.q_free)
+            self._release_queries()
             return flat
 
         flat = state.flat()
@@ -260,7 +287,7 @@ class Consumer:
                 state.flat(),
             )
         )
-        plgpu.barrier_arrive(m.q_free)
+        self._release_queries()
         last = self._at(count + visits.seen - 1)
         sums = self._accumulated(state.sums, lambda accs: self._issue_sums(accs, state.weights, last))
         plgpu.barrier_arrive(m.v_free.at[last])
@@ -295,7 +322,7 @@ class Consumer:
             flat = lax.fori_loop(begin, visits.partial, step(True), flat)
             begin = visits.partial
         flat = lax.fori_loop(begin, visits.seen, step(False), flat)
-        plgpu.barrier_arrive(self.memory.q_free)
+        self._release_queries()
         return State.of(flat)
 
     def _step_alone(
@@ -337,12 +364,29 @@ class Consumer:
         shape = (self.plan.config.block_q, self.plan.config.block_kv)
         return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), _WGMMA)
 
+    @property
+    def _holds_queries(self) -> bool:
+        """Whether nothing of a tile's queries is read from shared memory once they are in registers."""
+        parts = parts_of_q(self.memory.q.of, self.plan.config)
+        return self.memory.weights is None and all(part.held for part in parts)
+
+    def _release_queries(self) -> None:
+        """After the last product that reads queries."""
+        if not self._holds_queries:
+            plgpu.barrier_arrive(self.memory.q_free)
+
+    def _queries(self, part: Columns) -> Any:
+        """Columns of this consumer's queries in shared memory."""
+        rows = pl.ds(self.own * self.plan.config.block_q, self.plan.config.block_q)
+        return self.memory.q.tiles.at[part.chunk, rows, pl.ds(part.first, part.width)]
+
     def _issue_logits(self, acc: Any, slot: Any, place: Place) -> None:
-        m, c = self.memory, self.plan.config
-        rows = pl.ds(self.own * c.block_q, c.block_q)
-        for chunk in range(m.k.of.count):
-            q = m.q.tiles.at[chunk, rows] if place.queries is None else place.queries[chunk]
-            plgpu.wgmma(acc, q, m.k.tiles.at[slot, chunk].T)
+        m = self.memory
+        held = iter(place.queries)
+        for part in parts_of_q(m.q.of, self.plan.config):
+            q = next(held, None) if part.held else None
+            k = m.k.tiles.at[slot, part.chunk, :, pl.ds(part.first, part.width)]
+            plgpu.wgmma(acc, self._queries(part) if q is None else q, k.T)
 
     def _issue_sums(self, accs: Any, weights: Array, slot: Any) -> None:
         m = self.memory

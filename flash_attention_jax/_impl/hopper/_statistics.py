@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 
 Array = Any
 _LOG2E = math.log2(math.e)
@@ -20,6 +21,10 @@ def statistics(lse: Array, delta: Array, length: int) -> Array:
         lse, delta: float32 (B, N, T).
         length: T or more.
     """
+    # A kernel of its own for the sum that delta is: XLA would put it into the one that stacks, in which a
+    # thread reads a row alone. On an H200, (8, 2048, 16, 128) causal: 274 us, and 38 with a barrier between,
+    # where a forward and backward take 1315 and 1078.
+    delta = lax.optimization_barrier(delta)
     dead = lse == -jnp.inf
     scaled = jnp.where(dead, jnp.inf, lse * _LOG2E)
     negative = jnp.where(dead, 0, -delta)
