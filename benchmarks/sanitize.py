@@ -3,12 +3,13 @@
     XLA_PYTHON_CLIENT_ALLOCATOR=platform compute-sanitizer --tool memcheck python benchmarks/sanitize.py
     XLA_PYTHON_CLIENT_ALLOCATOR=platform compute-sanitizer --tool racecheck python benchmarks/sanitize.py
 
-With that allocator every array is an allocation of its own, so that what reads beyond one is seen. Exits with
-1 where a result is not finite.
+Or on those that are named: `python benchmarks/sanitize.py ragged packed`. With that allocator every array is
+an allocation of its own, so that what reads beyond one is seen. Exits with 1 where a result is not finite.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 import jax
@@ -30,8 +31,16 @@ PROBLEMS = {
 
 def main() -> None:
     """Forward and gradients, with both forms of the backward pass."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", help=", ".join(PROBLEMS))
+    names = parser.parse_args().names or list(PROBLEMS)
+    if unknown := sorted(set(names) - set(PROBLEMS)):
+        parser.error(f"names must be among {', '.join(PROBLEMS)}, not {', '.join(unknown)}")
     sound = True
-    for name, (*sizes, given) in PROBLEMS.items():
+    for name in names:
+        *sizes, given = PROBLEMS[name]
         options = dict(given)
         rng = np.random.default_rng(0)
         q, k, v = (jnp.asarray(rng.standard_normal(s), "bfloat16") for s in sizes)
