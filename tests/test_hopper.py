@@ -22,7 +22,7 @@ from flash_attention_jax._arguments import normalize
 from flash_attention_jax._attend import Call, attend
 from flash_attention_jax._dispatch import choose
 from flash_attention_jax._impl.base import Device
-from flash_attention_jax._impl.hopper import IMPLEMENTATION, _configs, _refuses
+from flash_attention_jax._impl.hopper import IMPLEMENTATION, _backward_configs, _configs, _refuses
 from flash_attention_jax._mask import Cover, Masks, block_map
 from flash_attention_jax._problem import Operands, arrange
 
@@ -146,6 +146,16 @@ def test_every_head_dim_fits_the_multiprocessor(length, causal):
                 assert 64 % of.tile == 0
 
 
+@pytest.mark.parametrize("table", [_configs.REGISTERS, _backward_configs.REGISTERS])
+def test_warpgroups_share_the_registers_of_their_launch(table):
+    # A thread is launched with a multiple of 8; a kernel that asks for more than those of all waits for ever.
+    for consumers, (of_consumer, of_producer) in table.items():
+        warpgroups = consumers + 1
+        launched = min(2**16 // (128 * warpgroups) // 8 * 8, 255) * warpgroups
+        assert consumers * of_consumer + of_producer <= launched
+        assert of_consumer % 8 == of_producer % 8 == 0
+
+
 def test_sizes_that_do_not_fit_are_told():
     problem, _ = described((1, 2, 512, 256), (1, 2, 512, 256))
     fits = _configs.choose_config(problem)
@@ -160,7 +170,7 @@ def test_sizes_that_do_not_fit_are_told():
 @pytest.mark.parametrize("columns", [0, 64, 100, 256])
 @pytest.mark.parametrize(("dim", "length"), [(256, 512), (256, 500), (80, 512), (40, 300)])
 def test_queries_in_registers_and_in_shared_memory_make_all_columns(dim, length, columns):
-    from flash_attention_jax._impl.hopper._kernel import parts_of_q
+    from flash_attention_jax._impl.hopper._consumer import parts_of_q
 
     problem, _ = described((1, 2, length, dim), (1, 2, length, dim))
     of = _configs.chunks(problem, dim)
@@ -421,6 +431,14 @@ def interpreted():
 @pytest.mark.parametrize("name", INTERPRETED)
 def test_is_within_its_budget_and_without_races(interpreted, name):
     assert_right_and_without_races(interpreted, name, {"out", "lse"})
+
+
+@pytest.mark.parametrize("name", ["key-mask", "hidden-nan"])
+def test_what_is_hidden_changes_no_bit(interpreted, name):
+    if interpreted is None:
+        assert refusal() == TOO_OLD
+        return
+    assert interpreted[name]["same_bits"] is True
 
 
 def test_importing_imports_no_kernel_toolchain():

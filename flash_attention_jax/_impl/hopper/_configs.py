@@ -138,8 +138,9 @@ def choose_config(problem: Problem) -> Config:
     D, Dv = (chunks(problem, dim).columns for dim in (problem.D, problem.Dv))
     config = fitted(problem, next(c for most, most_v, c in _TABLE if most >= D and most_v >= Dv))
     stages = min(config.stages, max(2, -(-problem.S // config.block_kv)))
-    # Masks take the registers.
-    in_registers = 0 if problem.masked else config.q_in_registers
+    # Masks take the registers; a band leaves those of a few columns.
+    few = config.q_in_registers < 128 and static_band(problem)
+    in_registers = config.q_in_registers if few or not problem.masked else 0
     return dataclasses.replace(config, stages=stages, q_in_registers=in_registers)
 
 
@@ -189,10 +190,10 @@ def shared_bytes(problem: Problem, config: Config) -> int:
         2 * c.stages * c.block_kv * of_v.columns,
         2 * c.consumers * c.out_slots * 64 * of_v.tile,
         4 * c.tile_q,
-        8 * (4 * c.stages + 2 + c.consumers + 1),
+        8 * (4 * c.stages + 2 + c.consumers + 2),
     ]
     if problem.masked:
-        buffers.append(4 * c.stages * c.block_kv)
+        buffers.append(4 * max(c.stages * c.block_kv, c.tile_q))
     return sum(-(-size // 1024) * 1024 for size in buffers)
 
 

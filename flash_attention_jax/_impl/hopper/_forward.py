@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from flash_attention_jax._impl.base import Device
 from flash_attention_jax._impl.hopper._blocks import Plan, Tables, launched, multiprocessors, tables
 from flash_attention_jax._impl.hopper._configs import Config, choose_config
-from flash_attention_jax._impl.hopper._kernel import Arrays, attend
+from flash_attention_jax._impl.hopper._consumer import Arrays
+from flash_attention_jax._impl.hopper._kernel import attend
 from flash_attention_jax._impl.hopper._memory import Memory, scratch
 from flash_attention_jax._impl.hopper._schedule import schedule
 from flash_attention_jax._impl.hopper._warpgroups import launch

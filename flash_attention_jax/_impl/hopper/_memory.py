@@ -50,8 +50,11 @@ def scratch(problem: Problem, config: Config, interpreted: bool) -> dict[str, An
         "turn": plgpu.Barrier(num_barriers=c.consumers),
     }
     if p.masked:
-        result["poison"] = plgpu.SMEM((c.stages, c.block_kv), jnp.float32)
+        # The same bytes: there are traces before there is poison.
+        shapes = (c.consumers, c.block_q), (c.stages, c.block_kv)
+        result["notes"] = plgpu.RefUnion(*(plgpu.SMEM(shape, jnp.float32) for shape in shapes))
         result["checked"] = plgpu.Barrier(num_arrivals=c.consumers)
+        result["judged"] = plgpu.Barrier(num_arrivals=c.threads)
     if interpreted:
         result["weights"] = plgpu.SMEM((c.consumers, c.block_q, c.block_kv), jnp.dtype(p.dtype))
     return result
@@ -103,8 +106,10 @@ class Memory:
         q_full, k_full, v_full: TMA arrives, consumers wait.
         q_free, k_free, v_free: every consumer arrives, the producer waits.
         turn: of each consumer; the one before it arrives.
+        traces: (consumers, block_q), NaN where a result of such a row was NaN, else 0.
         poison: (stages, block_kv), NaN for keys whose values are not finite, else 0.
         checked: all consumers arrive and wait, once a block of V has been checked.
+        judged: everyone arrives and waits, when all tiles are done, and before they are done again.
         weights: for the interpreter, whose `wgmma` takes no operand from registers.
     """
 
@@ -120,8 +125,10 @@ class Memory:
     k_free: Any
     v_free: Any
     turn: Any
+    traces: Any = None
     poison: Any = None
     checked: Any = None
+    judged: Any = None
     weights: Any = None
 
     @classmethod
@@ -130,4 +137,7 @@ class Memory:
         of_k, of_v = chunks(problem, problem.D), value_chunks(problem, config)
         layouts = {"q": of_k, "k": of_k, "v": of_v, "out": pieces(of_v)}
         rows = {name: Rows.named(refs[name], of, interpreted) for name, of in layouts.items()}
-        return cls(**refs | rows)
+        others = {name: ref for name, ref in refs.items() if name not in ("notes", *rows)}
+        if "notes" in refs:
+            others["traces"], others["poison"] = refs["notes"]
+        return cls(**rows, **others)

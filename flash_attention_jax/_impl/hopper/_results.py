@@ -15,13 +15,14 @@ from flash_attention_jax._impl.hopper._softmax import Statistics, across
 from flash_attention_jax._problem import Problem
 
 
-def finished(problem: Problem, sums: Any, statistics: Statistics) -> tuple[list[Any], Any]:
-    """The rows of out, chunk by chunk, and their lse."""
+def finished(problem: Problem, sums: Any, statistics: Statistics) -> tuple[list[Any], Any, Any]:
+    """The rows of out, chunk by chunk, their lse, and with masks traces: NaN where they are, else 0."""
     factor, lse = _softmax.finish(statistics)
+    trace = None
     if problem.masked:
         trace = sum(((s * 0).sum(axis=1) for s in sums[1:]), (sums[0] * 0).sum(axis=1))
         factor, lse = factor + trace, lse + trace
-    return [(s * across(factor, s.shape)).astype(problem.dtype) for s in sums], lse
+    return [(s * across(factor, s.shape)).astype(problem.dtype) for s in sums], lse, trace
 
 
 def give_lse(

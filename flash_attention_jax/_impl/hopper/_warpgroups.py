@@ -40,13 +40,22 @@ def divide(
 
 
 def over_tiles(
-    plan: Plan, tables: Tables, visits_of: Callable[[Tables, Any, Any], Visits], steps: int, body: Any
-) -> None:
+    plan: Plan,
+    tables: Tables,
+    visits_of: Callable[[Tables, Any, Any], Visits],
+    steps: int,
+    body: Any,
+    before: Any = 0,
+) -> Any:
     """Calls body(batch, head, row, visits, steps before) for every tile of this thread block.
 
     Args:
         visits_of: the visits of a tile, of (tables, batch, row).
         steps: of a visit.
+        before: steps before the first tile.
+
+    Returns:
+        The steps after the last one.
     """
     block = lax.axis_index("block")
 
@@ -56,7 +65,7 @@ def over_tiles(
         body(batch, head, row, visits, count)
         return count + visits.seen * steps
 
-    lax.fori_loop(jnp.int32(0), plan.rounds(tables, block), tile, jnp.int32(0))
+    return lax.fori_loop(jnp.int32(0), plan.rounds(tables, block), tile, jnp.asarray(before, jnp.int32))
 
 
 def rows_of(problem: Problem, ref: Any, batch: Any, head: Any) -> Any:
