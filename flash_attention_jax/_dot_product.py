@@ -197,7 +197,11 @@ def _within_lengths(q_shape: Any, k_shape: Any, query_seq_lengths: Any, key_valu
         lengths = checked("lengths", lengths, shown=name)
         if lengths.shape != shape[:1]:
             fail(name, f"of shape (B,) = {shape[:1]}", f"shape {lengths.shape}")
-        return jnp.arange(shape[1], dtype=jnp.int32) < jnp.asarray(lengths)[:, None]
+        # What is beyond int32 would wrap around; at its end it means the same, for no axis is longer.
+        lengths = jnp.asarray(lengths)
+        largest = min(jnp.iinfo(lengths.dtype).max, jnp.iinfo(jnp.int32).max)
+        lengths = jnp.clip(lengths, 0, largest).astype(jnp.int32)
+        return jnp.arange(shape[1], dtype=jnp.int32) < lengths[:, None]
 
     keys = None
     if key_value_seq_lengths is not None:

@@ -160,7 +160,8 @@ def _divided_by_norms(x: Array) -> Array:
     A vector that holds a value that is not finite becomes NaN, with a gradient of 0 rather than
     NaN, for a key that is hidden may hold anything.
     """
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    # `jnp.promote_types` raises where `jax_numpy_dtype_promotion` is strict.
+    wide = x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
     finite = jnp.isfinite(wide).all(-1, keepdims=True)
     wide = jnp.where(finite, wide, 0)
     # The result does not depend on this divisor; without it large squares would overflow.

@@ -435,6 +435,28 @@ def test_numpy_lengths_of_64_bits_are_taken():
     same(dot_product_attention(QUERY, KEY, VALUE, key_value_seq_lengths=np.array([3, 4])), expected, atol=0)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"])
+def test_lengths_of_every_integer_dtype_mean_their_values(dtype):
+    low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
+    lengths = ([3, high], [low, 4]), (i32(3, T), i32(0, 4))
+    for values, meant in zip(*lengths, strict=True):
+        expected = dot_product_attention(
+            QUERY, KEY, VALUE, query_seq_lengths=meant, key_value_seq_lengths=np.where(meant == T, S, meant)
+        )
+        with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+            array = jnp.array(values, dtype)
+            options = {"query_seq_lengths": array, "key_value_seq_lengths": array}
+            same(dot_product_attention(QUERY, KEY, VALUE, **options), expected, atol=0)
+
+
+def test_a_length_beyond_int32_hides_nothing_and_one_below_it_everything():
+    with jax.enable_x64(True):
+        for value, seen in ((2**32, True), (2**31, True), (-(2**31) - 1, False), (-(2**32), False)):
+            lengths = jnp.array([value, 4])
+            out = dot_product_attention(QUERY, KEY, VALUE, key_value_seq_lengths=lengths)
+            assert np.any(out[0]) == seen
+
+
 @pytest.mark.parametrize(
     "shapes",
     [((0, 3, 2, 4), (0, 5, 2, 4)), ((2, 0, 2, 4), (2, 5, 2, 4)), ((2, 3, 2, 4), (2, 0, 2, 4))],

@@ -88,5 +88,39 @@ def test_the_table_of_jax_nn_names_all_of_its_arguments():
 def test_names_of_the_older_package_are_here(section):
     first = [row.split("|")[1] for row in SECTIONS[section].splitlines() if row.startswith("| `")]
     names = [name for cell in first for name in re.findall(r"`([a-z_]+)[(`]", cell)]
-    assert len(names) == 8
+    assert len(names) == 9
     assert all(hasattr(flash_attention_jax, name) for name in names)
+
+
+# What flash-attention-jax 0.3.1 exports, and the arguments there that are not here.
+OLDER = {
+    "flash_attention": (),
+    "causal_flash_attention": (),
+    "cosine_sim_flash_attention": (),
+    "rabe_attention": ("q_chunk_size=1024", "k_chunk_size=4096"),
+    "value_and_grad_difference": ("batch=2", "heads=4", "q_seq_len=4096", "add_key_mask=True"),
+    "attention": (),
+    "plain_attention": (),
+    "causal_attention": (),
+    "cosine_sim_attention": (),
+    "PRNGKeyGenerator": (),
+}
+ROWS = [row.split("|")[1:3] for row in SECTIONS["flash-attention-jax 0.3.1"].splitlines() if row[:3] == "| `"]
+
+
+@pytest.mark.parametrize("name", OLDER)
+def test_the_table_of_the_older_package_says_what_is_called_differently(name):
+    ((there, here),) = (row for row in ROWS if re.search(f"`{name}[(`]", row[0]))
+    assert all(argument in there for argument in OLDER[name])
+    function = getattr(flash_attention_jax, name, None)
+    if function is None:
+        assert here.strip().startswith("gone")
+        return
+    parameters = inspect.signature(function).parameters
+    ours = [key if p.default is p.empty else f"{key}={p.default}" for key, p in parameters.items()]
+    assert not set(OLDER[name]) & set(ours)
+    if OLDER[name]:
+        assert f"`{name}({', '.join(ours)})`" in here
+    if "flash" in name:
+        assert f"`{name}(" in here
+        assert ".out`" in here

@@ -131,6 +131,21 @@ def test_the_dtype_stays(name, dtype):
     assert np.abs(np.float64(out) - exact).max() < 4 * float(jnp.finfo(dtype).eps) * np.abs(exact).max()
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64])
+@pytest.mark.parametrize("name", NAMES)
+def test_promotion_of_dtypes_may_be_strict(name, dtype):
+    with jax.enable_x64(True):
+        q, k, v = (jnp.asarray(x, dtype) for x in (Q, K, V))
+
+        def loss(*x):
+            return out_of(getattr(package, name)(*x, *arguments(name)[3:])).sum()
+
+        expected = jax.value_and_grad(loss, (0, 1, 2))(q, k, v)
+        with jax.numpy_dtype_promotion("strict"):
+            found = jax.value_and_grad(loss, (0, 1, 2))(q, k, v)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 @pytest.mark.parametrize("name", ["cosine_sim_attention", "plain_attention"])
 def test_a_query_that_sees_no_key_gets_0(name):
     """There the plain functions gave it the mean of v."""

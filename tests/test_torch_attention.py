@@ -424,6 +424,18 @@ def test_compile_takes_numbers_that_depend_on_sizes(name):
         torch.testing.assert_close(compiled(q), SIZED[name](q))
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_takes_a_switch_that_depends_on_sizes(strict):
+    class Model(torch.nn.Module):
+        def forward(self, q):
+            return scaled_dot_product_attention(q, q, q, is_causal=q.shape[-2] > 1)
+
+    lengths = ({1: torch.export.Dim("length", min=2)},)
+    exported = torch.export.export(Model(), (normal(2, 6, 8),), dynamic_shapes=lengths, strict=strict)
+    q = normal(2, 9, 8)
+    torch.testing.assert_close(exported.module()(q), TORCHS(q, q, q, is_causal=True))
+
+
 def test_an_offset_from_a_size_is_exported_for_every_length():
     class Model(torch.nn.Module):
         def forward(self, q):
@@ -540,13 +552,39 @@ def test_a_transformer_learns_as_it_does_with_torchs():
 
 Q = normal(2, 3, 5, 4, dtype=torch.float32)
 NESTED = torch.nested.nested_tensor([Q[0], Q[0, :2]], layout=torch.jagged)
+STRIDED_NESTED = torch.nested.nested_tensor([Q[0], Q[0, :2]])
+SPARSE = Q.to_sparse()
+LAYOUTS = {
+    "a nested one: make it dense with torch.nested.to_padded_tensor": (NESTED, STRIDED_NESTED),
+    "torch.sparse_coo: make it dense with Tensor.to_dense": (SPARSE,),
+    "torch.sparse_csr: make it dense with Tensor.to_dense": (Q[0, 0].to_sparse_csr(),),
+}
+
+
+@pytest.mark.parametrize("got", LAYOUTS)
+@pytest.mark.parametrize(
+    "name", ["q", "k", "v", "bias", "mask", "key_mask", "segment_ids", "q_offset", "scale"]
+)
+def test_layouts_that_are_not_strided_are_refused_by_name(name, got):
+    for x in LAYOUTS[got]:
+        with pytest.raises(TypeError) as raised:
+            flash_attention(**{"q": Q, "k": Q, "v": Q, name: x})
+        assert str(raised.value) == f"{name} must be a strided tensor, got {got}"
+
+
+@pytest.mark.parametrize("got", LAYOUTS)
+@pytest.mark.parametrize("name", ["query", "key", "value", "attn_mask"])
+def test_scaled_dot_product_attention_refuses_layouts_by_its_own_names(name, got):
+    for x in LAYOUTS[got]:
+        with pytest.raises(TypeError) as raised:
+            scaled_dot_product_attention(**{"query": Q, "key": Q, "value": Q, name: x})
+        assert str(raised.value) == f"{name} must be a strided tensor, got {got}"
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
         (([1.0], Q, Q), TypeError, "q must be a torch.Tensor, got list"),
-        ((NESTED, NESTED, NESTED), TypeError, "tensors must be strided, got torch.jagged: make them dense with Tensor.to_dense"),
         ((Q, Q, None), TypeError, "v must be a torch.Tensor, got NoneType"),
         ((Q.int(), Q, Q), TypeError, "q must be of dtype float16, bfloat16, float32, float64, got int32"),
         ((Q, Q[..., :3], Q), ValueError, "k must be of q's head dim D = 4, got shape (2, 3, 5, 3)"),
@@ -591,7 +629,14 @@ def test_errors(arguments, error, message):
         ((Q[0, 0], Q[0, 0], Q[0, 0], {"enable_gqa": True}), ValueError, "query must be of at least 3 axes where enable_gqa is set, got shape (5, 4)"),
         ((Q, Q, Q, {"dropout_p": 0.1}), NotImplementedError, "dropout_p must be 0, for there is no dropout, got 0.1"),
         ((Q, Q, Q, {"attn_mask": Q[0, 0, :, :1] > 0, "is_causal": True}), ValueError, "attn_mask must be None where is_causal is set, got shape (5, 1)"),
-        ((Q, Q, Q, {"attn_mask": Q.int()}), TypeError, "attn_mask must be of dtype bool or floating, got torch.int32"),
+        ((Q, Q, Q, {"attn_mask": Q.int()}), TypeError, "attn_mask must be of dtype bool, float16, bfloat16, float32, float64, got torch.int32"),
+        ((Q, Q, Q, {"attn_mask": Q[..., :1].to(torch.float8_e5m2)}), TypeError, "attn_mask must be of dtype bool, float16, bfloat16, float32, float64, got torch.float8_e5m2"),
+        ((Q.int(), Q.int(), Q.int()), TypeError, "query must be of dtype float16, bfloat16, float32, float64, got torch.int32"),
+        ((Q.cfloat(), Q.cfloat(), Q.cfloat()), TypeError, "query must be of dtype float16, bfloat16, float32, float64, got torch.complex64"),
+        ((Q, Q, Q, {"is_causal": 1}), TypeError, "is_causal must be True or False, got 1"),
+        ((Q, Q, Q, {"is_causal": None}), TypeError, "is_causal must be True or False, got None"),
+        ((Q, Q, Q, {"attn_mask": Q[..., :1], "is_causal": 0}), TypeError, "is_causal must be True or False, got 0"),
+        ((Q, Q, Q, {"enable_gqa": 1}), TypeError, "enable_gqa must be True or False, got 1"),
         ((Q, Q, Q, {"attn_mask": Q}), ValueError, "attn_mask must be broadcastable to (*batch, H, L, S) = (2, 3, 5, 5), got shape (2, 3, 5, 4)"),
         ((Q, Q, Q, {"attn_mask": Q[None, ..., :1]}), ValueError, "attn_mask must be broadcastable to (*batch, H, L, S) = (2, 3, 5, 5), got shape (1, 2, 3, 5, 1)"),
     ],

@@ -103,6 +103,21 @@ def test_a_tensor_of_64_bits_is_no_reason_to_narrow_or_widen_another():
     assert jnp.ones(1, float).dtype == jnp.float32
 
 
+def test_the_zeros_of_forward_mode_which_have_no_memory():
+    x, tangent = normal(3, 3) + 4 * torch.eye(3), normal(3, 3, seed=1)
+    zeros = torch._efficientzerotensor((3,), dtype=torch.complex64)
+    for each in (zeros, zeros.conj(), zeros.real):
+        assert each._is_zerotensor()
+        assert torch.equal(jax2torch(lambda x: x + 1)(each), torch.ones(3, dtype=each.dtype))
+    found = []
+    for f in (jax2torch(lambda sign, x: sign * jnp.exp(x)), lambda sign, x: sign * x.exp()):
+        with torch.autograd.forward_ad.dual_level():
+            results = torch.linalg.slogdet(torch.autograd.forward_ad.make_dual(x, tangent))
+            assert torch.autograd.forward_ad.unpack_dual(results[0]).tangent._is_zerotensor()
+            found.append(torch.autograd.forward_ad.unpack_dual(f(*results)).tangent)
+    torch.testing.assert_close(*found)
+
+
 # Structure.
 
 
@@ -141,6 +156,17 @@ def test_static_values_that_are_equal_are_told_apart():
     f = jax2torch(lambda x, a: x if a is True else x * (1 if isinstance(a, int) else np.copysign(2.0, a)))
     x = torch.ones(1)
     assert [f(x, a).item() for a in (1.0, 1, True, -0.0, 0.0)] == [2, 1, 1, -2, 2]
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, jnp.bfloat16.dtype.type])
+def test_static_zeros_of_either_sign_are_told_apart(kind):
+    f, x = jax2torch(lambda x, a: x * np.copysign(2.0, np.float32(a))), torch.ones(1)
+    assert [f(x, kind(a)).item() for a in (0.0, -0.0)] == [2, -2]
+
+
+def test_arguments_may_have_any_name():
+    f, x = jax2torch(lambda x, self, args: x * self + args), normal(3)
+    torch.testing.assert_close(f(x, self=x, args=x), x * x + x)
 
 
 def test_without_tensors_it_runs_on_the_default_device():
@@ -344,6 +370,26 @@ def test_transforms(transform):
     torch.testing.assert_close(actual, expected)
 
 
+NESTED = {
+    "grad": lambda f, x: torch.func.grad(lambda x: f(x).sum())(x),
+    "vjp": lambda f, x: torch.func.vjp(f, x)[1](torch.ones(5, 1, dtype=x.dtype))[0],
+    "grad of grad": lambda f, x: torch.func.grad(
+        lambda x: torch.func.grad(lambda x: f(x).sum())(x).square().sum()
+    )(x),
+    "value": lambda f, x: torch.func.grad_and_value(lambda x: f(x).sum())(x)[1],
+}
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_a_backward_pass_of_what_a_transform_gave_reaches_parameters(name):
+    parameter, x = normal(3, 1, requires_grad=True), normal(5, 3, seed=1)
+    found = []
+    for net in (jax2torch(lambda p, x: jnp.tanh(x @ p)), lambda p, x: torch.tanh(x @ p)):
+        result = NESTED[name](lambda x, net=net: net(parameter, x), x)
+        found.append(torch.autograd.grad(result.square().sum(), parameter))
+    torch.testing.assert_close(*found)
+
+
 def test_vmap_over_some_arguments():
     f = jax2torch(lambda x, y: (x @ y, x.sum()))
     x, y = normal(3, 4), normal(4, 5, 2)
@@ -519,10 +565,15 @@ def test_errors_of_calls():
         f(x, torch.ones(2, device="meta"))
     with pytest.raises(RuntimeError, match=r"^tensors must be on a CPU or GPU, .* got meta: move them"):
         f(torch.ones(2, device="meta"))
-    with pytest.raises(TypeError, match=r"^tensors must be strided, got torch.sparse_coo: make them dense"):
+    with pytest.raises(
+        TypeError, match=r"^tensors must be strided, got torch.sparse_coo: make it dense with"
+    ):
         f(x.to_sparse())
-    with pytest.raises(TypeError, match=r"^results must be of a dtype that torch has, got key<fry>$"):
-        jax2torch(lambda x: jax.random.key(0))(x)
+    for layout in (torch.strided, torch.jagged):
+        with pytest.raises(
+            TypeError, match=r"^tensors must be strided, got a nested one: make it dense with"
+        ):
+            f(torch.nested.nested_tensor([x, x[:1]], layout=layout))
     with pytest.raises(TypeError, match=r"^results must be arrays or numbers, got str"):
         jax2torch(lambda x: "text")(x)
     with pytest.raises(TypeError, match=r"^results must be arrays or numbers, got Tensor"):
@@ -531,6 +582,39 @@ def test_errors_of_calls():
         f(torch.max(torch.ones(2, 2), 1))
     with pytest.raises(TypeError, match=r"^tensors must be of a dtype that JAX has, got torch.complex32: "):
         f(torch.empty(2, dtype=torch.complex32))
+
+
+@pytest.mark.parametrize("name", ["int1", "int2", "int4", "int7", "uint1", "uint2", "uint4", "uint7"])
+def test_tensors_of_parts_of_bytes_are_refused(name):
+    message = rf"^tensors must be of a dtype that JAX has, got torch\.{name}: convert with Tensor.to$"
+    with pytest.raises(TypeError, match=message):
+        jax2torch(jnp.negative)(torch.empty(2, dtype=getattr(torch, name)))
+
+
+FOREIGN = [
+    "float8_e4m3",
+    "float8_e3m4",
+    "float8_e4m3b11fnuz",
+    "float4_e2m1fn",
+    "int4",
+    "uint4",
+    "int2",
+    "uint2",
+]
+
+
+@pytest.mark.parametrize("name", [*FOREIGN, "float0", "key<fry>"])
+def test_results_of_a_dtype_that_torch_lacks_are_refused(name):
+    def f(x):
+        match name:
+            case "float0":
+                return jax.grad(lambda x: 1.5 * x.astype(float), allow_int=True)(x[0])
+            case "key<fry>":
+                return jax.random.key(0)
+        return x.astype(name)
+
+    with pytest.raises(TypeError, match=rf"^results must be of a dtype that torch has, got {name}$"):
+        jax2torch(f)(torch.ones(2, dtype=torch.int32))
 
 
 def test_what_torch_traces_is_refused_and_never_a_constant():

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flash_attention_jax._api import Window
 from flash_attention_jax._arguments import fail
+from flash_attention_jax.torch._crossing import other_layout
 from flash_attention_jax.torch._operator import ARRAYS, call, encode
 
 SegmentIds = Tensor | tuple[Tensor, Tensor] | None
@@ -128,6 +129,7 @@ def flash_attention(
         >>> out = flash_attention(q, k, v, causal=True)
     """
     check_tensors({"q": q, "k": k, "v": v}, {"bias": bias, "mask": mask, "key_mask": key_mask})
+    check_layouts({"q_offset": q_offset, "scale": scale})
     given = (q, k, v, bias, mask, key_mask, *_pair_of_segments(segment_ids, q, k))
     options: dict[str, Any] = {"causal": causal, "window": window, "softcap": softcap}
     options |= {"precision": precision, "deterministic": deterministic, "implementation": implementation}
@@ -136,10 +138,19 @@ def flash_attention(
 
 
 def check_tensors(needed: dict[str, Any], others: dict[str, Any]) -> None:
-    """Rejects what is no tensor; the others may be None."""
+    """Rejects what is no strided tensor; the others may be None."""
     for name, x in (needed | others).items():
         if not isinstance(x, Tensor) and (x is not None or name in needed):
             fail(name, "a torch.Tensor", type(x).__name__, TypeError)
+    check_layouts(needed | others)
+
+
+def check_layouts(named: dict[str, Any]) -> None:
+    """Rejects tensors that have no shape and strides to speak of."""
+    for name, x in named.items():
+        layout = other_layout(x) if isinstance(x, Tensor) else None
+        if layout is not None:
+            fail(name, "a strided tensor", layout, TypeError)
 
 
 def _pair_of_segments(segment_ids: Any, q: Tensor, k: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -153,6 +164,7 @@ def _pair_of_segments(segment_ids: Any, q: Tensor, k: Tensor) -> tuple[Tensor | 
     for x in pair:
         if not isinstance(x, Tensor):
             fail("segment_ids", must, type(x).__name__, TypeError)
+        check_layouts({"segment_ids": x})
     if isinstance(segment_ids, Tensor) and q.ndim > 1 and k.ndim > 1 and q.shape[-2] != k.shape[-2]:
         lengths = f"T = {q.shape[-2]} and S = {k.shape[-2]}"
         fail("segment_ids", "a pair (of queries, of keys) where T and S differ", f"one tensor, {lengths}")
@@ -197,7 +209,7 @@ def _lie_by_position(q: Tensor, k: Tensor, v: Tensor) -> bool:
     Then q, k and v are attended to in that order, and out has it as well: nothing is transposed.
     Shapes that do not fit are left as they are, for messages that show them.
     """
-    if not all(x.ndim > 2 and x.layout == torch.strided and x.stride(-3) < x.stride(-2) for x in (q, k, v)):
+    if not all(x.ndim > 2 and x.stride(-3) < x.stride(-2) for x in (q, k, v)):
         return False
     same = q.shape[:-3] == k.shape[:-3] and q.shape[-1] == k.shape[-1] and k.shape[:-1] == v.shape[:-1]
     return same and k.shape[-3] > 0 and q.shape[-3] % k.shape[-3] == 0

@@ -22,12 +22,15 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 # With `jax_enable_x64` off JAX would make 32 bits of these.
 _WIDE = frozenset((torch.float64, torch.int64, torch.uint64, torch.complex128))
+# Torch's stand in whole bytes and DLPack says so: JAX would take their bits for int8's.
+_SUBBYTE = frozenset(f"{sign}int{bits}" for sign in ("", "u") for bits in range(1, 8))
 # What both have; torch's complex32 and its quantized dtypes are its alone.
 _CROSSING = frozenset(
     x
     for name, x in vars(torch).items()
-    if isinstance(x, torch.dtype) and (x == torch.bool or hasattr(jnp, name))
+    if isinstance(x, torch.dtype) and name not in _SUBBYTE and (x == torch.bool or hasattr(jnp, name))
 )
+_NAMES_CROSSING = frozenset(str(x).removeprefix("torch.") for x in _CROSSING)
 _PLAIN_DISPATCH = torch.Tensor.__torch_dispatch__  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -60,9 +63,17 @@ def common_device(tensors: Sequence[torch.Tensor]) -> torch.device:
         if x.device != device:
             shown = ", ".join(sorted({str(x.device) for x in tensors}))
             raise ValueError(f"all tensors must be on one device, got {shown}: move them with Tensor.to")
-        if x.layout != torch.strided:
-            raise TypeError(f"tensors must be strided, got {x.layout}: make them dense with Tensor.to_dense")
+        layout = other_layout(x)
+        if layout is not None:
+            raise TypeError(f"tensors must be strided, got {layout}")
     return device
+
+
+def other_layout(x: torch.Tensor) -> str | None:
+    """How a tensor lies that is not strided, and how it becomes so; None of one that is."""
+    if x.is_nested:  # Asked first: some of these call themselves strided.
+        return "a nested one: make it dense with torch.nested.to_padded_tensor"
+    return None if x.layout == torch.strided else f"{x.layout}: make it dense with Tensor.to_dense"
 
 
 @functools.cache
@@ -104,7 +115,7 @@ def to_jax(x: torch.Tensor) -> jax.Array:
     """The array in a tensor's memory, which must not be written to while JAX reads it.
 
     What XLA does not read in place is copied first: tensors that are not contiguous, lie in pinned
-    memory, or start at an address that is not aligned.
+    memory, or start at an address that is not aligned; and the zeros of forward mode, which lie nowhere.
 
     Raises:
         TypeError: JAX has no such dtype, or the tensor has no memory of its own (but is fake, say).
@@ -114,7 +125,7 @@ def to_jax(x: torch.Tensor) -> jax.Array:
     if x.dtype not in _CROSSING:
         raise TypeError(f"tensors must be of a dtype that JAX has, got {x.dtype}: convert with Tensor.to")
     x = x.detach().resolve_conj().resolve_neg().contiguous()
-    if x.device.type == "cpu" and x.is_pinned():
+    if x._is_zerotensor() or (x.device.type == "cpu" and x.is_pinned()):
         x = x.clone()
     return jax.dlpack.from_dlpack(x)
 
@@ -139,6 +150,7 @@ def to_torch(x: jax.Array) -> torch.Tensor:
     Raises:
         TypeError: torch has no such dtype.
     """
-    if jnp.issubdtype(x.dtype, jax.dtypes.extended):
-        raise TypeError(f"results must be of a dtype that torch has, got {x.dtype}")
+    name = "float0" if x.dtype == jax.dtypes.float0 else str(x.dtype)
+    if name not in _NAMES_CROSSING:
+        raise TypeError(f"results must be of a dtype that torch has, got {name}")
     return torch.from_dlpack(x)

@@ -117,7 +117,9 @@ class Apply(torch.autograd.Function):
             return None, None, *gradients
         # Memory goes free as torch's does; another backward computes it anew.
         pull, ctx.pull = ctx.pull, None
-        if pull is not None and not torch.is_grad_enabled():
+        # The residuals are for what the innermost `torch.func.grad` differentiates; what is around
+        # it may ask for the gradients of other tensors, of parameters, say.
+        if pull is not None and not torch.is_grad_enabled() and set(wrt) <= set(ctx.wrt):
             program = pullback(tuple(map(ctx.floating.index, given)), tuple(map(ctx.wrt.index, wrt)))
             found = apply(program, Frame(bound=pull, wide=ctx.frame.wide), values)
         else:

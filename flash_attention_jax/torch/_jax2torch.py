@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import torch
 
 from flash_attention_jax.torch._crossing import x64_is_on
@@ -47,8 +48,8 @@ def jax2torch(f: Callable[..., Any]) -> Callable[..., Any]:
 
     Raises:
         TypeError: `f` is not callable; in a call, a static argument is not hashable or a
-            container of tensors, a result is no array, a tensor is sparse, or a dtype is one that
-            the other side lacks.
+            container of tensors, a result is no array, a tensor is sparse or nested, or a dtype is
+            one that the other side lacks.
         ValueError: in a call, the tensors are on several devices.
         RuntimeError: in a call, JAX does not see the device of the tensors, or torch traces it.
 
@@ -70,7 +71,7 @@ class OfTensors:
         self._programs: dict[Hashable, Program] = {}
 
     @torch.compiler.disable(reason="JAX flattens the arguments")
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         leaves, tree = jax.tree.flatten((args, kwargs))
         tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
         static = tuple(_TENSOR if isinstance(x, torch.Tensor) else _key(x) for x in leaves)
@@ -119,7 +120,8 @@ def _key(x: Any) -> Hashable:
             f"arguments must be tensors or hashable values, which are static, got {type(x).__name__}: "
             "make a tensor of it"
         ) from None
-    return type(x), repr(x) if isinstance(x, float | complex) else x
+    # NumPy's floating scalars have zeros of either sign as well; that of bfloat16 is no `np.inexact`.
+    return type(x), repr(x) if isinstance(x, float | complex | np.generic) else x
 
 
 def _of_arrays(f: Callable[..., Any], leaves: list[Any], tree: Any) -> Callable[..., Any]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from flash_attention_jax._arguments import fail
+from flash_attention_jax._arguments import FLOATS, fail
 from flash_attention_jax.torch._attention import attend, check_tensors
+
+_FLOATS = frozenset(getattr(torch, name) for name in FLOATS)
 
 
 def scaled_dot_product_attention(
@@ -55,6 +58,9 @@ def scaled_dot_product_attention(
     check_tensors({"query": query, "key": key, "value": value}, {"attn_mask": attn_mask})
     query, key, value, attn_mask = (_autocast(x) for x in (query, key, value, attn_mask))
     _check(query, key, value)
+    for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
+        if not isinstance(flag, bool | np.bool_ | torch.SymBool):
+            fail(name, "True or False", repr(flag), TypeError)
     if dropout_p != 0:
         fail("dropout_p", "0, for there is no dropout", dropout_p, NotImplementedError)
     if attn_mask is not None and is_causal:
@@ -73,6 +79,8 @@ def scaled_dot_product_attention(
 
 def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
     """What `flash_attention` would report under other names."""
+    if query.dtype not in _FLOATS:
+        fail("query", f"of dtype {', '.join(FLOATS)}", query.dtype, TypeError)
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.ndim < 2:
             fail(name, "of shape (*batch, H, length, dim) or (length, dim)", f"shape {tuple(x.shape)}")
@@ -87,8 +95,8 @@ def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def _check_mask(attn_mask: Tensor, logits: tuple[int, ...]) -> None:
-    if attn_mask.dtype != torch.bool and not attn_mask.dtype.is_floating_point:
-        fail("attn_mask", "of dtype bool or floating", attn_mask.dtype, TypeError)
+    if attn_mask.dtype != torch.bool and attn_mask.dtype not in _FLOATS:
+        fail("attn_mask", f"of dtype bool, {', '.join(FLOATS)}", attn_mask.dtype, TypeError)
     shape = tuple(attn_mask.shape)
     pairs = zip(shape[::-1], logits[::-1], strict=False)
     if len(shape) > len(logits) or any(a not in (1, b) for a, b in pairs):
