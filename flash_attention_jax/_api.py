@@ -80,9 +80,10 @@ def flash_attention(
     (arXiv 1805.02867).
 
     Under `jit` with q, k and v divided over batch, heads or both by `NamedSharding`, on meshes with
-    automatic or explicit axes, each device computes its own part and nothing is gathered. Key/value
-    heads are divided with the query heads; one alone is shared, and a count that the devices do not
-    divide makes each device compute all heads. A divided sequence is right, but every device then
+    automatic or explicit axes, each device computes its own part and nothing is gathered; but of several
+    batch axes, automatic mesh axes may divide the leading one alone, or what they divide is gathered.
+    Key/value heads are divided with the query heads; one alone is shared, and a count that the devices do
+    not divide makes each device compute all heads. A divided sequence is right, but every device then
     gathers the whole of q, k and v and repeats the work of the others, which
     `flash_attention_jax.distributed.ring_attention` does without. Inside `jax.shard_map` a call is local.
 

@@ -18,8 +18,16 @@ from jax.interpreters import ad, batching
 
 from flash_attention_jax import _formulas
 from flash_attention_jax._dispatch import choose, device_of
+from flash_attention_jax._explicit import Along, along
 from flash_attention_jax._formulas import DIFFERENTIABLE
-from flash_attention_jax._partition import Description, Labelled, Partitionable, register_lowering, unmarked
+from flash_attention_jax._partition import (
+    Cut,
+    Description,
+    Labelled,
+    Partitionable,
+    register_lowering,
+    unmarked,
+)
 from flash_attention_jax._problem import Operands, Problem
 from flash_attention_jax._varying import abstract, alike, struct
 
@@ -210,11 +218,20 @@ def _batch(primitive, extra_names, arrays, dims, *, call, wrt=()):
             arrays, dims = list(arrays), list(dims)
             arrays[at], dims[at] = jnp.broadcast_to(arrays[at], (size, *arrays[at].shape)), 0
     folded, call, size = _fold(call, names, arrays, dims)
-    params = {"call": call} if primitive is attend_p else {"call": call, "wrt": wrt}
-    results = [x.reshape(size, p.B, *x.shape[1:]) for x in primitive.bind(*folded, **params)]
+    params = {} if primitive is attend_p else {"wrt": wrt}
+    sums = _in_parts(functools.partial(primitive.bind, **params), call, folded, along(arrays, dims))
+    results = [x.reshape(size, p.B, *x.shape[1:]) for x in sums]
     if primitive is backward_p and "bias" in wrt and p.bias[0] == 1:
         results[-1] = results[-1].sum(1, keepdims=True)
     return results, [0] * len(results)
+
+
+def _in_parts(bind, call: Call, folded, where: Along | None):
+    """Binds a primitive, on each device's part of B where explicit mesh axes divide the batched axis."""
+    if where is None:
+        return bind(*folded, call=call)
+    local = Cut(call.problem, where.parts, 1).of(call)
+    return where.apply(functools.partial(bind, call=local), folded, call.problem.B)
 
 
 def _avals_like(call, wrt, arrays, dims=None):

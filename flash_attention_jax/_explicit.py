@@ -7,15 +7,16 @@ There the division is known when the call is traced, so that each device is give
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from flash_attention_jax._partition import Cut
-from flash_attention_jax._problem import Operands, Problem
+from flash_attention_jax._problem import Operands, Problem, scaled
 
 Array = Any
 Names = tuple[str, ...]
@@ -36,6 +37,11 @@ class Placement:
     batch: tuple[Names, ...]
     heads: Names
     rows: Names
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The mesh axes that divide the batch or the heads."""
+        return frozenset(name for names in (*self.batch, self.heads) for name in names)
 
     def cut(self, problem: Problem) -> Cut:
         """The parts of a problem."""
@@ -70,37 +76,109 @@ def placement(problem: Problem, operands: Operands) -> Placement | None:
     return Placement(mesh, tuple(entries[:-3]), heads, rows)
 
 
-def divided(function: Callable[..., Any], where: Placement, problem: Problem, operands: Operands, scale: Any):
+def divided(
+    function: Callable[..., Any],
+    where: Placement,
+    problem: Problem,
+    operands: Operands,
+    scale: Any,
+    keeps_more: bool = False,
+):
     """Applies a function of (problem, raw operands, scale) to the parts of a call.
+
+    Args:
+        keeps_more: whether the function keeps more for its gradients than canonical operands and results.
 
     Returns:
         out and lse, divided as q is.
     """
-    full = {"n": problem.N, "k": problem.K}
-    q_axes, k_axes = ("ntd", "ksd") if problem.order == "BNTD" else ("tnd", "skd")
-    labels = Operands(q_axes, k_axes, k_axes, "nts", "nts", "s", "t", "s", "")
-    specs = Operands(
-        *(
-            None if x is None else where.spec(x.shape, label, full)
-            for x, label in zip(operands, labels, strict=True)
+    if scale is not None:
+        operands = operands._replace(q=scaled(problem, operands.q, scale))
+    specs = _specs(where, problem, operands)
+    parts = functools.partial(function, where.cut(problem).of_problem(), scale=None)
+    if AxisType.Manual in where.mesh.axis_types and (keeps_more or not _canonical(where, operands, specs)):
+        # JAX 0.11.2 finds no division for what a jax.shard_map within another keeps for its gradients, other
+        # than its arguments and results.
+        parts = jax.checkpoint(parts)
+    if where.names or AxisType.Auto not in where.mesh.axis_types:
+        parts = jax.shard_map(
+            parts,
+            mesh=where.mesh,
+            in_specs=(specs,),
+            out_specs=_of_results(problem, specs.q, ()),
+            axis_names=_taken(where.mesh, where.names),
         )
-    )
-    if operands.q.ndim == 2:
-        specs = jax.tree.map(lambda _: PartitionSpec(), operands)
-    local = where.cut(problem).of_problem()
-    parts = jax.shard_map(
-        lambda operands, scale: function(local, operands, scale),
-        mesh=where.mesh,
-        in_specs=(specs, None if scale is None else PartitionSpec()),
-        out_specs=_of_results(problem, specs.q, ()),
-    )
     place = jax.sharding.reshard
-    operands = jax.tree.map(lambda x, s: place(x, NamedSharding(where.mesh, s)), operands, specs)
-    whole = parts(operands, scale)
+    whole = parts(jax.tree.map(lambda x, s: place(x, NamedSharding(where.mesh, s)), operands, specs))
     if not where.rows:
         return whole
     again = _of_results(problem, specs.q, where.rows)
     return tuple(place(x, NamedSharding(where.mesh, s)) for x, s in zip(whole, again, strict=True))
+
+
+def along(arrays: Sequence[Array], dims: Sequence[int | None]) -> Along | None:
+    """What divides an axis, one in `dims` for each array; None where nothing does."""
+    for x, d in zip(arrays, dims, strict=True):
+        names = _entries(x)[d] if d is not None and _entries(x) else ()
+        if names:
+            return Along(jax.typeof(x).sharding.mesh, names)
+    return None
+
+
+class Along(NamedTuple):
+    """The explicit axes of an abstract mesh that divide the leading axis of arrays."""
+
+    mesh: Any
+    names: Names
+
+    @property
+    def parts(self) -> int:
+        """How many there are."""
+        return math.prod(self.mesh.shape[name] for name in self.names)
+
+    def apply(self, function: Callable[..., Any], arrays: Sequence[Array], length: int) -> Any:
+        """Applies a function to the parts of arrays whose leading axis has this length, and to all of others.
+
+        Its results have the axis as well.
+        """
+        divided = PartitionSpec(self.names)
+        specs = tuple(divided if x.shape[0] == length else PartitionSpec() for x in arrays)
+        parts = jax.shard_map(
+            function,
+            mesh=self.mesh,
+            in_specs=specs,
+            out_specs=divided,
+            axis_names=_taken(self.mesh, frozenset(self.names)),
+        )
+        place = jax.sharding.reshard
+        return parts(*(place(x, NamedSharding(self.mesh, s)) for x, s in zip(arrays, specs, strict=True)))
+
+
+def _taken(mesh: Any, names: frozenset[str]) -> frozenset[str]:
+    """The `axis_names` for a `jax.shard_map` of what these divide.
+
+    What automatic axes divide is left to the partitioner. Among explicit axes alone all are taken, which is
+    what naming none says, so that it finds nothing left to divide.
+    """
+    return names if AxisType.Auto in mesh.axis_types else frozenset()
+
+
+def _canonical(where: Placement, operands: Operands, specs: Operands) -> bool:
+    """Whether raw operands are canonical as they are, and every device's part of each is another."""
+    divisions = [{name for e in spec for name in e or ()} for spec in specs[:3]]
+    others = any(x is not None for x in operands[3:])
+    return operands.q.ndim == 4 and not others and all(names == where.names for names in divisions)
+
+
+def _specs(where: Placement, problem: Problem, operands: Operands) -> Operands:
+    """How the operands of a call are divided."""
+    if operands.q.ndim == 2:
+        return jax.tree.map(lambda _: PartitionSpec(), operands)
+    full = {"n": problem.N, "k": problem.K}
+    q_axes, k_axes = ("ntd", "ksd") if problem.order == "BNTD" else ("tnd", "skd")
+    labels = Operands(q_axes, k_axes, k_axes, "nts", "nts", "s", "t", "s", "")
+    given = zip(operands, labels, strict=True)
+    return Operands(*(None if x is None else where.spec(x.shape, label, full) for x, label in given))
 
 
 def _of_results(problem: Problem, q: PartitionSpec, rows: Names) -> tuple[PartitionSpec, PartitionSpec]:

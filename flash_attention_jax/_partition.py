@@ -20,7 +20,7 @@ from jax.core import ShapedArray
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flash_attention_jax._problem import Problem
 
@@ -164,8 +164,10 @@ def _partitioned(primitive: Primitive, what: Description, params: Mapping[str, A
         local = {name: division.cut.of(x) for name, x in params.items()}
 
         def part(*arrays):
-            sums = primitive.bind(*arrays, **local)
-            return tuple(division.summed(x, r) for x, r in zip(sums, what.results, strict=True))
+            # A part is one device's: XLA does not know the divisions that explicit axes around would note.
+            with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+                sums = primitive.bind(*arrays, **local)
+                return tuple(division.summed(x, r) for x, r in zip(sums, what.results, strict=True))
 
         shardings = [tuple(map(division.sharding, xs)) for xs in (what.results, what.operands)]
         return division.mesh, part, *shardings

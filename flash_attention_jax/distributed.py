@@ -53,9 +53,9 @@ def ring_attention(
 ) -> AttentionOutput:
     """`flash_attention` where the sequence is divided over a mesh axis of P devices.
 
-    Inside `jax.shard_map` every array is the device's own part. With `mesh`, arrays are whole, are divided
-    here, and may have lengths that P does not divide (in the contiguous layout); call it under `jax.jit`
-    or directly.
+    Inside `jax.shard_map` every array is the device's own part, whose batch and heads other mesh axes may
+    divide. With `mesh`, arrays are whole, are divided here, and may have lengths that P does not divide (in
+    the contiguous layout); call it under `jax.jit` or directly.
 
     Strategies:
 
@@ -82,10 +82,12 @@ def ring_attention(
         scale, softcap, precision, deterministic, implementation: as for `flash_attention`. "reference"
             cannot run in a ring.
         axis_name: the mesh axis over which the sequence is divided.
-        mesh: the mesh, where the call is outside `jax.shard_map`.
+        mesh: the mesh, where the call is outside `jax.shard_map` (over `axis_name`).
         spec: with `mesh`, how q's axes are divided, k's and v's alike, such as
             `P("data", "heads", "x", None)`. By default as q lies, where that can be seen (an array
-            outside `jax.jit`, or a mesh of explicit axes), else over `axis_name` alone.
+            outside `jax.jit`, or a mesh of explicit axes), else over `axis_name` alone. Automatic mesh
+            axes that are not named so divide q, k and v as they did: a ring gathers nothing of that, but
+            the collectives of the other strategies do.
         strategy: one of those above, or None for the choice that `explain` explains.
         layout: "contiguous": device r holds piece r of P. "zigzag": the arrays are as `shard_sequence`
             gives them, device r holding pieces r and 2P - 1 - r of 2P. The results lie as q does.

@@ -16,7 +16,9 @@ from flash_attention_jax._distributed import _choice
 from flash_attention_jax._distributed._exchange import all_gather, all_to_all
 from flash_attention_jax._distributed._layout import Plan, pieces_of
 from flash_attention_jax._distributed._ring import ring
+from flash_attention_jax._explicit import Placement, divided, placement
 from flash_attention_jax._problem import Operands, Problem, arrange, scaled
+from flash_attention_jax._varying import alike
 
 Array = Any
 
@@ -54,8 +56,10 @@ def inside(options: Options, operands: Operands, segment_ids: Any, scale: Any) -
     options.check()
     devices = _manual_size(options.axis_name)
     plan, whole, operands, scale = describe(options, devices, operands, segment_ids, scale)
-    strategy = _choice.chosen(options.strategy, whole, plan)
-    return _run(plan, strategy, operands, scale)
+    where = placement(plan.problem, operands)
+    part = whole if where is None else where.cut(whole).of_problem()
+    strategy = _choice.chosen(options.strategy, part, plan)
+    return _run(plan, strategy, operands, scale, where)
 
 
 def describe(options: Options, devices: int, operands: Operands, segment_ids: Any, scale: Any, **how: Any):
@@ -102,16 +106,34 @@ def _stretched(own: Operands, pairs: dict[str, Any], local: Problem, devices: in
             return x
         if devices > 1 and 1 in (local.T, local.S):
             fail(name, "None where a device holds a single query or key", f"shape {x.shape}")
-        whole = local.S * devices
-        if x.ndim > 1 and x.shape[-2] == local.T:
-            if x.shape[-1] not in (1, whole):
-                must = f"of the whole sequence's S = {whole} on its last axis, or 1, where it has queries"
-                fail(name, must, f"shape {x.shape}")
-            return longer(x, -2)
-        return longer(x) if x.shape[-1] in (1, whole) else longer(x, -1)
+        return longer(x, *_divided_axes(name, x.shape, own.q.shape[:-2], local, devices))
 
     q, k, v = (longer(x, -2) for x in own[:3])
     return Operands(q, k, v, pair("bias"), pair("mask"))
+
+
+def _divided_axes(
+    name: str, shape: tuple[int, ...], lead: tuple[int, ...], local: Problem, devices: int
+) -> tuple[int, ...]:
+    """Which axes of a device's bias or mask are part of longer ones; `lead` is q's batch and heads.
+
+    Shapes are judged as the caller gave them, before anything is stretched.
+    """
+    whole = local.S * devices
+    rows, columns = ((1,) + shape)[-2:]
+    if rows not in (1, local.T):
+        fail(name, f"of the device's own T = {local.T}, or 1, on its queries' axis", f"shape {shape}")
+    of_queries = len(shape) > 1 and rows == local.T
+    if of_queries and columns not in (1, whole):
+        must = f"of the whole sequence's S = {whole} on its last axis, or 1, where it has queries"
+        fail(name, must, f"shape {shape}")
+    full = (*lead, local.T, whole if of_queries or columns == whole else local.S)
+    pairs = zip(shape[::-1], full[::-1], strict=False)
+    if len(shape) > len(full) or any(n not in (1, m) for n, m in pairs):
+        fail(name, f"broadcastable to (*batch, N, T, S) = {full}", f"shape {shape}")
+    if of_queries:
+        return (-2,)
+    return () if columns in (1, whole) else (-1,)
 
 
 def _canonical(whole: Any, x: Any) -> Any:
@@ -129,22 +151,44 @@ def _check_pieces(layout: str, T: int, S: int) -> None:
             fail(name, "of an even length on each device in the zig-zag layout", length)
 
 
-def _manual_size(axis_name: str) -> int:
+def manual_axes() -> list[str]:
+    """The axes of the `jax.shard_map` around, if there is one."""
     mesh = jax.sharding.get_abstract_mesh()
-    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True)) if not mesh.empty else {}
-    if types.get(axis_name) != AxisType.Manual:
-        manual = [name for name, kind in types.items() if kind == AxisType.Manual]
+    types = zip(mesh.axis_names, mesh.axis_types, strict=True) if not mesh.empty else ()
+    return [name for name, kind in types if kind == AxisType.Manual]
+
+
+def _manual_size(axis_name: str) -> int:
+    manual = manual_axes()
+    if axis_name not in manual:
         must = (
             f"of {manual}, the axes of the jax.shard_map around"
             if manual
             else ("an axis of a jax.shard_map around, or mesh be given")
         )
         fail("axis_name", must, repr(axis_name))
-    return mesh.shape[axis_name]
+    return jax.sharding.get_abstract_mesh().shape[axis_name]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _run(plan: Plan, strategy: str, operands: Operands, scale: Any) -> tuple[Array, Array]:
+@functools.partial(jax.jit, static_argnums=(0, 1, 4))
+def _run(
+    plan: Plan, strategy: str, operands: Operands, scale: Any, where: Placement | None
+) -> tuple[Array, Array]:
+    """The results of a device's raw operands, whose batch and heads explicit axes may divide further."""
+    if where is None:
+        return _of_raw(plan, strategy, operands, scale)
+
+    def of_part(problem, operands, scale):
+        return _of_raw(dataclasses.replace(plan, problem=problem), strategy, operands, scale)
+
+    # A ring's blocks differ between its devices, whatever they are made of.
+    given = iter(alike(operands.present(), frozenset({plan.axis})))
+    operands = Operands(*(None if x is None else next(given) for x in operands))
+    # The other strategies keep what they have gathered.
+    return divided(of_part, where, plan.problem, operands, scale, keeps_more=strategy != "ring")
+
+
+def _of_raw(plan: Plan, strategy: str, operands: Operands, scale: Any) -> tuple[Array, Array]:
     p, q = plan.problem, operands.q
     shapes = (*q.shape[:-1], p.Dv), q.shape[:-1]
     if p.empty:

@@ -14,7 +14,7 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flash_attention_jax._arguments import fail, normalize
-from flash_attention_jax._distributed._call import Options, inside
+from flash_attention_jax._distributed._call import Options, inside, manual_axes
 from flash_attention_jax._distributed._layout import pieces_of
 from flash_attention_jax._problem import Operands, Problem
 
@@ -36,6 +36,16 @@ class Division:
     offset: int | None
     mesh: Any
     spec: PartitionSpec
+
+    @property
+    def taken(self) -> frozenset[str]:
+        """The mesh axes that `jax.shard_map` takes; none means all.
+
+        What other automatic axes divide is left to the partitioner, which need not gather it then.
+        """
+        if AxisType.Auto not in self.mesh.axis_types:
+            return frozenset()
+        return frozenset(name for e in self.spec for name in _names(e))
 
     @property
     def unit(self) -> int:
@@ -91,6 +101,8 @@ def on_mesh(
     options.check()
     if not isinstance(mesh, Mesh | AbstractMesh):
         fail("mesh", "None or a jax.sharding.Mesh", type(mesh).__name__, TypeError)
+    if options.axis_name in manual_axes():
+        fail("mesh", f"None inside jax.shard_map over {options.axis_name!r}", mesh)
     if options.axis_name not in mesh.axis_names:
         fail("axis_name", f"of the mesh's axes {mesh.axis_names}", repr(options.axis_name))
     offset = operands.q_offset
@@ -189,6 +201,7 @@ def _divided(division: Division, operands: Operands, scale: Any) -> tuple[Array,
         mesh=mesh,
         in_specs=(specs, None if scale is None else PartitionSpec()),
         out_specs=of_results,
+        axis_names=division.taken,
     )
     out, lse = function(_laid(mesh, operands, specs), scale)
     if division.lengths[0] == p.T:

@@ -170,15 +170,19 @@ def _visit(
 ) -> Any:
     """What a pair of pieces gives at a hop: nothing where no key is in reach, and no band where all are.
 
+    The pieces are cut before the choice among the ways: the transpose of a conditional makes a gradient of
+    all that its branches read, which then is the piece and not the device's whole share.
+
     Args:
         arrays: of the device, by name.
         see: (problem, operands, arrays of the names `extra`) of the pair.
     """
+    pieces = {name: _cut(plan, hop, pair, name, x) for name, x in arrays.items()}
 
     def in_way(way: Way) -> Callable[[], Any]:
         def seen():
-            problem, operands = _of_pair(plan, hop, pair, way, arrays)
-            return see(problem, operands, *(_cut(plan, hop, pair, name, arrays[name]) for name in extra))
+            problem, operands = _of_pair(plan, hop, pair, way, pieces)
+            return see(problem, operands, *(pieces[name] for name in extra))
 
         return nothing if way.cover == Cover.NONE else seen
 
@@ -190,13 +194,28 @@ def _visit(
         return branches[0]()
     offsets = arrays["q_offset"] + hop.look_up(plan.distances(pair))
     some, _ = within(plan.problem, offsets.min(), offsets.max(), plan.lengths)
-    return lax.cond(some, branches[0], nothing)
+    return lax.cond(_in_any(some), branches[0], nothing)
 
 
-def _of_pair(plan: Plan, hop: Hop, pair, way: Way, arrays: Arrays) -> tuple[Problem, Operands]:
+@jax.custom_batching.custom_vmap
+def _in_any(some: Array) -> Array:
+    """A condition that under `vmap` holds where it does for any element.
+
+    A conditional on a condition of each element would become a select, which computes both branches and
+    whose transpose is wanting. A pair of which an element sees nothing is right all the same.
+    """
+    return some
+
+
+@_in_any.def_vmap
+def _(size, batched, some):
+    return _in_any(some.any(0) if batched[0] else some), False
+
+
+def _of_pair(plan: Plan, hop: Hop, pair, way: Way, pieces: Arrays) -> tuple[Problem, Operands]:
     """The problem of a pair of pieces, and its operands."""
     p, (rows, cols) = plan.problem, plan.lengths
-    cut = {name: _cut(plan, hop, pair, name, x) for name, x in arrays.items() if name in Operands._fields}
+    cut = {name: x for name, x in pieces.items() if name in Operands._fields}
     left, right, offset = p.left, p.right, way.offset
     if way.cover == Cover.ALL:
         left = right = offset = None

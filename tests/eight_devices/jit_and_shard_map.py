@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flash_attention_jax import flash_attention
@@ -65,6 +65,47 @@ def test_nothing_is_gathered(request, collectives, kind, transform, spec):
         compiled = jax.jit(f).lower(*arguments).compile()
         assert collectives(compiled) == {}
         close(compiled(*arguments), truth(transform))
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("kinds", [("Explicit", "Auto"), ("Auto", "Explicit")], ids="-".join)
+def test_nothing_is_gathered_on_a_mesh_of_both_kinds(collectives, kinds, spec):
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=tuple(AxisType[kind] for kind in kinds))
+
+    def gradient(function):
+        def total(q, k, v, bias):
+            return jnp.sum(jnp.sin(function(q, k, v, bias=bias, causal=True).out))
+
+        return jax.jit(jax.grad(total, ALL))
+
+    with jax.set_mesh(mesh):
+        arguments = placed(mesh, SPECS[spec])
+        compiled = gradient(flash_attention).lower(*arguments).compile()
+        assert collectives(compiled) == {}
+        close(compiled(*arguments), gradient(attention_and_lse)(*ARGUMENTS))
+
+
+@pytest.mark.parametrize("transform", ["gradient of vmap", "vmap of gradient"])
+def test_vmap_over_what_explicit_axes_divide(explicit_mesh, collectives, transform):
+    arguments = Q, K, V, BIAS[0]
+    place = NamedSharding(explicit_mesh, P("data"))
+    given = *(jax.device_put(x, place) for x in arguments[:3]), arguments[3]
+
+    def function(of_one):
+        def f(q, k, v, bias):
+            out, lse = of_one(q, k, v, bias=bias, causal=True)
+            return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.cos(lse))
+
+        axes = (0, 0, 0, None)
+        if transform == "vmap of gradient":
+            return jax.vmap(jax.grad(f, ALL), axes)
+        return jax.grad(lambda *x: jnp.sum(jax.vmap(f, axes)(*x)), ALL)
+
+    compiled = jax.jit(function(flash_attention)).lower(*given).compile()
+    assert collectives(compiled) == {}
+    results = compiled(*given)
+    assert results[0].sharding.is_equivalent_to(place, 4)
+    close(results, jax.jit(function(attention_and_lse))(*arguments))
 
 
 @pytest.mark.parametrize("kind", ["mesh", "explicit_mesh"])
