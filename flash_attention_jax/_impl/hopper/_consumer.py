@@ -191,13 +191,7 @@ class Consumer:
         """Algorithm 2: the products of one block run under the softmax of the next."""
         m = self.memory
         at = self._at(count + visits.partial if self._masked else count)
-        plgpu.barrier_wait(m.k_full.at[at])
-        self._await_turn()
-        products = self._accumulated(
-            [self._zero_logits()], lambda acc: self._issue_logits(acc[0], at, place)
-        )[0]
-        self._pass_turn()
-        plgpu.barrier_arrive(m.k_free.at[at])
+        products = self._products(at, place)
         weights, statistics, decay = self._softmax(products, state.statistics, place)
         plgpu.barrier_wait(m.v_full.at[at])
         # Without partial blocks before there is nothing yet that could decay.
@@ -264,13 +258,7 @@ class Consumer:
         at = self._at(count + i)
         if careful:
             check_values(self.plan.config, m, self.own, at)
-        plgpu.barrier_wait(m.k_full.at[at])
-        self._await_turn()
-        products = self._accumulated(
-            [self._zero_logits()], lambda acc: self._issue_logits(acc[0], at, place)
-        )[0]
-        self._pass_turn()
-        plgpu.barrier_arrive(m.k_free.at[at])
+        products = self._products(at, place)
         weights, statistics, decay = self._softmax(
             products, state.statistics, place, visits.index(i) if masked else None, at if careful else None
         )
@@ -282,6 +270,17 @@ class Consumer:
         return State(tuple(sums), statistics)
 
     # Matrix products.
+
+    def _products(self, slot: Any, place: Place) -> Array:
+        """Q K^T of a block, alone."""
+        plgpu.barrier_wait(self.memory.k_full.at[slot])
+        self._await_turn()
+        products = self._accumulated(
+            [self._zero_logits()], lambda acc: self._issue_logits(acc[0], slot, place)
+        )[0]
+        self._pass_turn()
+        plgpu.barrier_arrive(self.memory.k_free.at[slot])
+        return products
 
     def _at(self, n: Any) -> Any:
         return rem(n, self.plan.config.stages)
