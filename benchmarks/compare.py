@@ -9,7 +9,6 @@ The first folder is what the others are compared with, by the bits of out and ls
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import json
 import pathlib
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import hopper
 import jax
 import jax.numpy as jnp
-from exported import group, labels, load, save, seconds
+from exported import group, load, save, seconds
 from hopper_cases import CHECKS, SHAPES
 
 ROUNDS = 2
@@ -54,7 +53,7 @@ def with_hidden_nan(given: hopper.Inputs) -> tuple[Any, Any] | None:
         hidden, rows = jnp.arange(p.S)[None] == p.S - 1, slice(0, p.T - 1)
     else:
         return None
-    v = jnp.where(hidden[:, :, None, None] > 0, jnp.nan, operands.v).astype(operands.v.dtype)
+    v = jnp.where(hidden[:, :, None, None], jnp.nan, operands.v).astype(operands.v.dtype)
     return operands._replace(v=v).present(), rows
 
 
@@ -85,30 +84,27 @@ def cudnn(job: dict[str, Any], given: hopper.Inputs) -> Any:
 
 
 def run(folders: list[pathlib.Path], out: pathlib.Path) -> None:
-    """Compiles everything, then checks and times it, the folders taking turns."""
-    kept = [(folder.name, job, path) for folder in folders for job, path in labels(folder)]
-    with concurrent.futures.ThreadPoolExecutor(14) as pool:
-        compiled = list(pool.map(lambda x: load(x[2]), kept))
+    """Compiles everything, then checks it, and times it in rounds, the folders taking turns."""
+    programs: dict[tuple[str, str], dict[str, Any]] = {}
+    for folder in folders:
+        for job, program in load(folder):
+            programs.setdefault((job["kind"], job["shape"]), {})[folder.name] = program
     results: dict[str, Any] = {}
     for turn in range(ROUNDS):
-        for kind, shape in dict.fromkeys((job["kind"], job["shape"]) for _, job, _ in kept):
+        for (kind, shape), found in programs.items():
+            if turn and kind == "check":
+                continue
             job = {"kind": kind, "shape": shape}
-            given = hopper.given_of(job)
-            programs = {
-                name: program
-                for (name, other, _), program in zip(kept, compiled, strict=True)
-                if (other["kind"], other["shape"]) == (kind, shape)
-            }
-            row = results.setdefault(f"{kind} {shape}", {})
+            given, row = hopper.given_of(job), results.setdefault(f"{kind} {shape}", {})
             if turn == 0:
-                row["bits"] = checked(given, programs)
+                row["bits"] = checked(given, found)
+                peer = cudnn(job, given) if kind == "time" else None
+                found |= {} if peer is None else {"cudnn": peer}
             if kind == "time":
-                peer = cudnn(job, given)
-                everyone = programs | ({} if peer is None else {"cudnn": peer})
                 p = given.problem
                 flops = 2 * p.N * (p.D + p.Dv) * hopper.visible_pairs(given)
-                for name in list(everyone)[:: -1 if turn else 1]:
-                    taken = seconds(everyone[name], given.operands.present())
+                for name in list(found)[:: -1 if turn else 1]:
+                    taken = seconds(found[name], given.operands.present())
                     row.setdefault("tflops", {}).setdefault(name, []).append(round(flops / taken / 1e12, 1))
             print(turn, kind, shape, row, flush=True)
         document = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "results": results}
@@ -127,7 +123,7 @@ def main() -> None:
     if args.what == "run":
         run(args.folders, args.out)
         return
-    hopper.without_gpu()
+    jax.config.update("jax_platforms", "cpu")
     for folder in args.folders:
         export(folder)
 

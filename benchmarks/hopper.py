@@ -17,13 +17,13 @@ import multiprocessing
 import os
 import pathlib
 import queue
-import statistics
 import subprocess
 import sys
 import threading
 import time
 from typing import Any
 
+import exported
 import hopper_backward
 from hopper_cases import BACKWARD_CHECKS, CHECKS, SHAPES, backward_jobs, jobs
 
@@ -90,15 +90,13 @@ def given_of(job: dict[str, Any], abstract: bool = False) -> Inputs:
     return inputs(table[job["shape"]], job.get("dtype", "bfloat16"), abstract)
 
 
-def exported(job: dict[str, Any]) -> bytes | str:
+def lowered(job: dict[str, Any]) -> bytes | str:
     """A job's program, lowered for CUDA in a process that has no GPU; or why it has none."""
     import jax
 
     try:
         given = given_of(job, abstract=True)
-        checks = [jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
-        export = jax.export.export(jax.jit(function(job, given)), platforms=["cuda"], disabled_checks=checks)
-        return bytes(export(*shapes_of(job, given)).serialize())
+        return exported.serialized(jax.jit(function(job, given)), shapes_of(job, given))
     except Exception as problem:
         return f"{type(problem).__name__}: {problem}"[:600]
 
@@ -172,28 +170,12 @@ def shapes_of(job: dict[str, Any], given: Inputs) -> tuple[Any, ...]:
     return jax.eval_shape(arrays, given.operands)
 
 
-def seconds(compiled: Any, arrays: Any) -> float:
-    """Median seconds of a call: groups of calls that are sent off together."""
-    import jax
-
-    def group(calls):
-        start = time.perf_counter()
-        for _ in range(calls):
-            result = compiled(*arrays)
-        jax.block_until_ready(result)
-        return (time.perf_counter() - start) / calls
-
-    group(2)
-    calls = max(3, min(100, int(0.03 / group(3))))
-    return statistics.median(group(calls) for _ in range(7))
-
-
 def timed(job: dict[str, Any], given: Inputs, compiled: Any) -> dict[str, Any]:
     """Seconds, TFLOP/s of the visible pairs, and whether a second run has the same bits."""
     import numpy as np
 
     arrays = arrays_of(job, given)
-    taken = seconds(compiled, arrays)
+    taken = exported.seconds(compiled, arrays)
     p = given.problem
     flops = 2 * p.N * (p.D + p.Dv) * visible_pairs(given)
     if job.get("backward"):
@@ -266,7 +248,7 @@ def work(todo: list[dict[str, Any]], threads: int) -> None:
     spawn = multiprocessing.get_context("spawn")
     lowering = concurrent.futures.ProcessPoolExecutor(threads, spawn, initializer=without_gpu)
     ours = [job for job in todo if job["kind"] != "cudnn"]
-    programs = {job["id"]: lowering.submit(exported, job) for job in ours}
+    programs = {job["id"]: lowering.submit(lowered, job) for job in ours}
 
     def inputs_of(job):
         kind, dtype = ("check" if job["kind"] == "check" else "shape"), job.get("dtype", "bfloat16")
@@ -279,14 +261,11 @@ def work(todo: list[dict[str, Any]], threads: int) -> None:
         try:
             if job["kind"] == "cudnn":
                 given = given_of(job, abstract=True)
-                f, shapes = function(job, given), shapes_of(job, given)
-            else:
-                program = programs[job["id"]].result()
-                if isinstance(program, str):
-                    raise ValueError(program)
-                export = jax.export.deserialize(program)
-                f, shapes = export.call, export.in_avals
-            return jax.jit(f).lower(*shapes).compile()
+                return jax.jit(function(job, given)).lower(*shapes_of(job, given)).compile()
+            program = programs[job["id"]].result()
+            if isinstance(program, str):
+                raise ValueError(program)
+            return exported.compiled(program)
         except Exception as problem:
             say(failed=job["id"], why=f"{type(problem).__name__}: {problem}"[:600])
             return None

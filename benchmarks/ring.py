@@ -11,7 +11,6 @@ problems. A profile says how long transfers took, and how much of that was under
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import glob
 import gzip
 import json
@@ -23,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from exported import group, labels, load, save
+from exported import group, load, save
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from flash_attention_jax import flash_attention
@@ -168,18 +167,14 @@ def profiled(program: Any, arrays: Any) -> dict[str, list[float]]:
 
 def run(folder: pathlib.Path, out: pathlib.Path) -> None:
     """Compiles all programs, then compares, times and profiles them."""
-    kept = labels(folder)
+
+    def how(label):
+        of = shapes(label["way"], label["length"], mesh_of(label["devices"]))
+        return {"shapes": of, "out_shardings": of[0].sharding}
+
+    kept = load(folder, how)
     mesh = mesh_of(kept[0][0]["devices"])
-
-    def compiled(item):
-        label, path = item
-        of = shapes(label["way"], label["length"], mesh)
-        return load(path, of, out_shardings=of[0].sharding)
-
-    with concurrent.futures.ThreadPoolExecutor(14) as pool:
-        programs = dict(
-            zip(((x["whole"], x["way"], x["mode"]) for x, _ in kept), pool.map(compiled, kept), strict=True)
-        )
+    programs = {(x["whole"], x["way"], x["mode"]): program for x, program in kept}
     document: dict[str, Any] = {"device": jax.devices()[0].device_kind, "devices": mesh.size, "rows": []}
     document |= {"jax": jax.__version__, "differences": compared(programs, mesh), "profiles": {}}
     print(document["differences"], flush=True)
