@@ -111,6 +111,7 @@ def normalize(
         segments=segments,
         offsets=offsets if (left, right) != (None, None) else None,
         deterministic=bool(deterministic),
+        amid_transfers=False,
     )
     if problem.offsets is None:
         ops = ops._replace(q_offset=None)

@@ -33,6 +33,7 @@ class Problem:
         segments: canonical shapes (1|B, T) and (1|B, S).
         offsets: canonical shape (1|B,) of `q_offset` when it is an array.
         deterministic: whether gradients must have the same bits on every run.
+        amid_transfers: whether the devices exchange data at the same time, to which kernels leave room.
     """
 
     B: int
@@ -57,6 +58,7 @@ class Problem:
     segments: tuple[tuple[int, int], tuple[int, int]] | None = None
     offsets: tuple[int] | None = None
     deterministic: bool = False
+    amid_transfers: bool = False
 
     @property
     def G(self) -> int:

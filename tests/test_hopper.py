@@ -22,7 +22,13 @@ from flash_attention_jax._arguments import normalize
 from flash_attention_jax._attend import Call, attend
 from flash_attention_jax._dispatch import choose
 from flash_attention_jax._impl.base import Device
-from flash_attention_jax._impl.hopper import IMPLEMENTATION, _backward_configs, _configs, _refuses
+from flash_attention_jax._impl.hopper import (
+    IMPLEMENTATION,
+    _backward_configs,
+    _configs,
+    _dq_configs,
+    _refuses,
+)
 from flash_attention_jax._mask import Cover, Masks, block_map
 from flash_attention_jax._problem import Operands, arrange
 
@@ -249,6 +255,19 @@ def test_thread_blocks_end_together(sizes):
     costs = [(int(plan.place(int(tile))[2]) + 1) * config.tile_q for tile in tiles]
     each = np.add.reduceat(costs, starts[:-1])
     assert each.max() < 1.04 * each.mean()
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (100, 0)}])
+def test_thread_blocks_make_room_for_transfers(options):
+    problem, _ = described(**PLAIN, **options)
+    choices = (
+        _configs.choose_config,
+        _backward_configs.choose_backward_config,
+        _dq_configs.choose_dq_config,
+    )
+    for choose_sizes in choices:
+        assert not choose_sizes(dataclasses.replace(problem, amid_transfers=True)).persistent
+    assert _configs.choose_config(problem).persistent
 
 
 @pytest.mark.parametrize("name", BANDS)

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from flash_attention_jax import flash_attention
+from flash_attention_jax import _attend, _dispatch, flash_attention
 from flash_attention_jax._api import attention_and_lse
 from flash_attention_jax.distributed import ring_attention
 
@@ -138,6 +138,21 @@ def test_a_gradient_of_a_piece_is_a_piece():
     results = re.findall(r"^ *}\) : \(tensor<i32>\) -> (.*)", text, re.M)
     assert any("tensor<1x1x10x6xf32>" in types for types in results)
     assert not any("x20x" in types for types in results)
+
+
+@pytest.mark.parametrize("strategy", ["ring", "all_to_all", "all_gather"])
+def test_implementations_know_of_transfers_beside_them(monkeypatch, strategy):
+    problems = []
+
+    def choose(problem, *others):
+        problems.append(problem)
+        return _dispatch.choose(problem, *others)
+
+    monkeypatch.setattr(_attend, "choose", choose)
+    f = out_of(ring_attention, causal=True, mesh=devices(2), strategy=strategy)
+    jax.jit(gradients(f, 3)).lower(Q, K, V)
+    assert problems
+    assert {problem.amid_transfers for problem in problems} == {strategy == "ring"}
 
 
 @pytest.mark.parametrize("strategy", ["ring", "all_gather", None])
