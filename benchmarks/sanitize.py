@@ -21,8 +21,8 @@ from flash_attention_jax import flash_attention
 # q, k, v and options: every loop of the kernels, ragged and whole, once.
 PROBLEMS = {
     "ragged": ((2, 2, 77, 64), (2, 1, 130, 64), (2, 1, 130, 64), {}),
-    # More tiles than multiprocessors, queries in registers.
-    "many": ((1, 160, 128, 128), (1, 160, 128, 128), (1, 160, 128, 128), {}),
+    # More tiles than multiprocessors, clusters, queries in registers.
+    "many": ((1, 80, 256, 128), (1, 80, 256, 128), (1, 80, 256, 128), {}),
     "causal": ((1, 2, 256, 128), (1, 1, 256, 128), (1, 1, 256, 128), {"causal": True}),
     "wide": ((1, 1, 128, 256), (1, 1, 192, 256), (1, 1, 192, 256), {"window": (70, 10)}),
     "packed": ((1, 2, 200, 80), (1, 2, 200, 80), (1, 2, 200, 40), {"causal": True, "segments": 2}),

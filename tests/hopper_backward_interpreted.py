@@ -32,6 +32,10 @@ CASES = {
     case.name: (case, config)
     for case, config in (
         (_case("plain", (1, 2, 128, 64), (1, 1, 192, 64), (1, 1, 192, 64)), _ROWS),
+        (
+            _case("cluster", (1, 2, 192, 64), (1, 1, 256, 64), (1, 1, 256, 64)),
+            dataclasses.replace(_ROWS, cluster=2),
+        ),
         (_case("columns", (1, 1, 128, 128), (1, 1, 128, 128), (1, 1, 128, 128), causal=True), _SMALL),
         (_case("ragged", (1, 1, 77, 40), (1, 1, 130, 40), (1, 1, 130, 88), dtype="float16"), _SMALL),
         (

@@ -21,7 +21,7 @@ from flash_attention_jax._impl.hopper._configs import Config
 from flash_attention_jax._problem import Operands, arrange
 from flash_attention_jax.testing import Case, error, exact, plain_errors
 
-_SMALL = Config(block_q=64, block_kv=64, stages=2, consumers=2)
+_SMALL = Config(block_q=64, block_kv=64, stages=2, consumers=2, pingpong=True)
 _Q, _K, _V = (1, 2, 150, 16), (1, 1, 170, 16), (1, 1, 170, 24)
 
 
@@ -34,6 +34,10 @@ CASES = {
     case.name: (case, config)
     for case, config in (
         (_case("plain", (1, 2, 64, 64), (1, 1, 192, 64), (1, 1, 192, 64)), _SMALL),
+        (
+            _case("cluster", (1, 1, 512, 64), (1, 1, 192, 64), (1, 1, 192, 64)),
+            dataclasses.replace(_SMALL, cluster=2, pingpong=False),
+        ),
         (_case("ragged", (1, 1, 77, 40), (1, 1, 130, 40), (1, 1, 130, 88), dtype="float16"), _SMALL),
         (
             _case("three-consumers", (1, 1, 200, 128), (1, 1, 136, 128), (1, 1, 136, 128), causal=True),

@@ -245,7 +245,7 @@ def test_every_tile_is_taken_once(scheduled, section):
 def test_thread_blocks_end_together(sizes):
     B, T, N, D = sizes
     problem, _ = described((B, N, T, D), (B, N, T, D), causal=True)
-    config = _configs.choose_config(problem)
+    config = dataclasses.replace(_configs.choose_config(problem), persistent=True)
     found = planned(config, blocks=132, q=(B, N, T, D), k=(B, N, T, D), causal=True)
     if found is None:
         return
@@ -255,6 +255,25 @@ def test_thread_blocks_end_together(sizes):
     costs = [(int(plan.place(int(tile))[2]) + 1) * config.tile_q for tile in tiles]
     each = np.add.reduceat(costs, starts[:-1])
     assert each.max() < 1.04 * each.mean()
+
+
+@pytest.mark.parametrize(
+    ("T", "G", "options", "blocks"),
+    [(512, 1, {}, 2), (300, 1, {}, 1), (300, 2, {}, 2), (512, 1, {"causal": True}, 1)],
+)
+def test_clusters_have_tiles_that_see_the_same_keys(T, G, options, blocks):
+    problem, _ = described((1, 2 * G, T, 128), (1, 2, T, 128), **options)
+    config = _configs.choose_config(problem)
+    assert config.cluster == blocks
+    assert config.launched(G * 2 * -(-T // 128), 131) % blocks == 0
+    # The backward pass divides keys, of each key head alone.
+    assert _backward_configs.choose_backward_config(problem).cluster == (1 if T == 300 else blocks)
+
+
+@pytest.mark.parametrize(("T", "stay"), [(4096, True), (8192, True), (16384, False)])
+def test_long_causal_tiles_are_given_out_by_the_device(T, stay):
+    problem, _ = described((1, 2, T, 128), (1, 2, T, 128), causal=True)
+    assert _configs.choose_config(problem).persistent is stay
 
 
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (100, 0)}])
@@ -365,7 +384,7 @@ def test_lowers_for_cuda(name):
 
 VARIANTS = {
     "one-by-one": dict(overlap=False),
-    "no-turns": dict(pingpong=False),
+    "turns": dict(pingpong=True),
     "grid": dict(persistent=False),
     "three": dict(consumers=3, block_kv=64, out_slots=1),
     "two-row-groups": dict(block_q=128, block_kv=64, consumers=2, out_slots=1),
@@ -409,6 +428,7 @@ def test_gradients_lower_beside_it():
 
 INTERPRETED = [
     "plain",
+    "cluster",
     "ragged",
     "three-consumers",
     "one-by-one",

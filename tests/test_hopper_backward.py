@@ -261,6 +261,7 @@ def test_transformations_keep_the_order_of_sums(attention, deterministic):
 
 INTERPRETED = [
     "plain",
+    "cluster",
     "columns",
     "ragged",
     "three-consumers",

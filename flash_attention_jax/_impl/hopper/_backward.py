@@ -51,7 +51,7 @@ def backward(
         raise ValueError("config must be given for a problem without sizes of its own")
     tiles = BackwardPlan(p, config, 1).across.tiles
     if blocks is None:
-        blocks = min(tiles, multiprocessors()) if config.persistent else tiles
+        blocks = config.launched(tiles, multiprocessors())
     plan = BackwardPlan(p, config, blocks)
     dead = _dead_blocks(plan, lse)
     given = tables(plan, operands)

@@ -18,7 +18,16 @@ from jax import lax
 
 from flash_attention_jax._impl.hopper import _blocks
 from flash_attention_jax._impl.hopper._backward_configs import BackwardConfig
-from flash_attention_jax._impl.hopper._blocks import COLUMNS, ROWS, Plan, Tables, Visits, load, shared
+from flash_attention_jax._impl.hopper._blocks import (
+    COLUMNS,
+    ROWS,
+    Plan,
+    Tables,
+    Visits,
+    load,
+    rem,
+    shared,
+)
 from flash_attention_jax._impl.hopper._configs import Tiling
 from flash_attention_jax._impl.hopper._schedule import schedule
 from flash_attention_jax._mask import Masks, block_map
@@ -60,6 +69,7 @@ class BackwardPlan:
                 consumers=1,
                 persistent=c.persistent,
                 section=c.section,
+                cluster=c.cluster,
             ),
             self.blocks,
         )
@@ -88,8 +98,9 @@ class BackwardPlan:
         visits = self.across.visits(refs, batch, row)
         if self.config.rotate and not self.problem.masked:
             blocks = self.length // self.config.block_q
-            begin = row * max(1, blocks // self.across.tiles_t)
-            visits = visits._replace(index=lambda i: _blocks.rem(i + begin, blocks))
+            # Together in a cluster.
+            begin = (row - rem(row, self.config.cluster)) * max(1, blocks // self.across.tiles_t)
+            visits = visits._replace(index=lambda i: rem(i + begin, blocks))
         if not self.ragged:
             return visits
         # What is beyond the last key must be hidden.

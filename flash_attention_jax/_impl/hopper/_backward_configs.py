@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from flash_attention_jax._impl.hopper._configs import Chunks, chunks, exceeded, static_band
+from flash_attention_jax._impl.hopper._configs import Chunks, Launch, chunks, clustered, exceeded, static_band
 from flash_attention_jax._impl.hopper._dq_configs import choose_dq_config, too_large_dq
 from flash_attention_jax._problem import Problem
 
@@ -19,13 +19,13 @@ _OTHER_REGISTERS = 40
 
 
 @dataclasses.dataclass(frozen=True)
-class BackwardConfig:
+class BackwardConfig(Launch):
     """What may be tuned; none of it changes a result by more than rounding.
 
     Attributes:
         block_q: query rows of one block, a multiple of 64.
-        keys: keys of one consumer warpgroup, a multiple of 64; of the tile where `columns` is set.
-        consumers: warpgroups that compute, 1 to 3; each has `keys` rows of the tile.
+        keys: keys of one consumer warpgroup, a multiple of 64; of the tile where `columns` is set. Otherwise
+            each consumer has as many rows of the tile.
         columns: whether consumers divide the columns of dK, dV and dQ instead, and of the logits the queries;
             `block_q` is 64 then, and there are at most two. For head dims whose sums are too large otherwise.
         stages_q, stages_do: blocks of Q and of dO that their rings in shared memory hold.
@@ -33,25 +33,21 @@ class BackwardConfig:
             consumer waits for one to become free.
         slots_dq: pieces of 64 rows of dQ that a consumer may have on their way out.
         piece: columns of such a piece, 32 or 64, where the layout of K allows a choice.
-        persistent: whether a thread block stays on its multiprocessor and takes tile after tile.
         rotate: whether, without a mask, each tile begins with other queries, so that tiles which run side by
             side do not add to the same rows of dQ.
-        section: heads whose tiles are ordered together, longest first; None is all heads.
         lane: whether Mosaic lowers thread by thread instead of warpgroup by warpgroup.
     """
 
+    persistent: bool = False
     block_q: int = 64
     keys: int = 64
-    consumers: int = 2
     columns: bool = False
     stages_q: int = 2
     stages_do: int = 2
     slots_ds: int = 3
     slots_dq: int = 2
     piece: int = 32
-    persistent: bool = False
     rotate: bool = True
-    section: int | None = None
     lane: bool = False
 
     def __post_init__(self):
@@ -69,11 +65,6 @@ class BackwardConfig:
     def queries(self) -> int:
         """Queries of a block whose logits one consumer computes."""
         return self.block_q // (self.consumers if self.columns else 1)
-
-    @property
-    def threads(self) -> int:
-        """Warpgroups of a thread block."""
-        return self.consumers + 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +133,7 @@ def piece_of_dq(of_k: Chunks, config: BackwardConfig) -> int:
 # padded max(D, Dv).
 _TABLE: tuple[tuple[int, BackwardConfig], ...] = (
     (64, BackwardConfig(block_q=128)),
-    (128, BackwardConfig(block_q=64)),
+    (128, BackwardConfig(block_q=64, cluster=2)),
     (256, BackwardConfig(block_q=64, columns=True, stages_do=1, slots_ds=2, slots_dq=1, piece=64)),
 )
 
@@ -153,7 +144,8 @@ def choose_backward_config(problem: Problem) -> BackwardConfig | None:
     config = next((config for limit, config in _TABLE if widest <= limit), None)
     if config is None:
         return None
-    return dataclasses.replace(config, persistent=_persistent(problem), section=_section(problem, config))
+    config = dataclasses.replace(config, persistent=_persistent(problem), section=_section(problem, config))
+    return clustered(problem, config, -(-problem.S // config.tile_kv))
 
 
 def _persistent(problem: Problem) -> bool:

@@ -14,6 +14,9 @@ each consumer computes a share of the block of dQ (`_backward_rows`), which TMA 
 device memory. These sums arrive in any order, so dQ differs from run to run by its rounding; `_dq_kernel`
 computes it in one order.
 
+Without masks the thread blocks of a `cluster` take neighboring tiles and begin with the same queries: each
+producer brings a part of a block of Q, dO and statistics to all of them by multicast.
+
 Where a warpgroup cannot hold dK and dV of 64 keys (head dims above 128, `BackwardConfig.columns`), the tile
 has 64 keys in all. A consumer computes the columns of S^T and dP^T that belong to its queries, puts P^T and
 dS^T into shared memory, and has a share of the columns of dK, dV and dQ (`_backward_columns`). `Part` says
@@ -48,6 +51,9 @@ and causal:
     two kernels, of dK and dV     577  571  672  629  4 products
                 and of dQ         599  573  729  693  3 products, which is `deterministic`
 
+Clusters of two, forward and backward together, full, with and without: head dim 64 513 and 516, 128 590 and
+585 (at 4096 tokens 557 and 555, 32 heads in groups of 4 at 8192 583 and 579), 256 431 and 441.
+
 Of the form with dQ in its own step, on an H100:
 
     head dim 64 full        489      blocks of 64 queries 352, four heads side by side 460
@@ -69,6 +75,7 @@ from flash_attention_jax._impl.hopper._backward_memory import BackwardMemory
 from flash_attention_jax._impl.hopper._backward_parts import Part
 from flash_attention_jax._impl.hopper._backward_rows import RowsConsumer
 from flash_attention_jax._impl.hopper._blocks import rem
+from flash_attention_jax._impl.hopper._memory import axes_of
 from flash_attention_jax._impl.hopper._warpgroups import divide, rows_of
 
 
@@ -99,12 +106,13 @@ def produce(plan: BackwardPlan, arrays: BackwardArrays, memory: BackwardMemory) 
             rows = pl.ds(block * c.block_q, c.block_q)
             slot = rem(count + i, c.stages_q)
             plgpu.barrier_wait(m.q_free.at[slot])
-            m.q.fetch(rows_of(p, arrays.q, batch, n), rows, m.q_full.at[slot], slot)
+            m.q.fetch(rows_of(p, arrays.q, batch, n), rows, m.q_full.at[slot], slot, cluster=c.cluster)
             both = arrays.statistics.at[batch, n, :, rows]
-            plgpu.copy_gmem_to_smem(both, m.statistics.at[slot], m.q_full.at[slot])
+            into = m.statistics.at[slot]
+            plgpu.copy_gmem_to_smem(both, into, m.q_full.at[slot], collective_axes=axes_of(c.cluster))
             slot = rem(count + i, c.stages_do)
             plgpu.barrier_wait(m.do_free.at[slot])
-            m.do.fetch(rows_of(p, arrays.do, batch, n), rows, m.do_full.at[slot], slot)
+            m.do.fetch(rows_of(p, arrays.do, batch, n), rows, m.do_full.at[slot], slot, cluster=c.cluster)
 
         over_steps(plan, visits, bring, None)
 

@@ -9,7 +9,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from flash_attention_jax._impl.hopper._backward_configs import BackwardConfig, layouts, piece_of_dq
-from flash_attention_jax._impl.hopper._memory import Rows, swizzled
+from flash_attention_jax._impl.hopper._memory import Rows, freed, swizzled
 from flash_attention_jax._problem import Problem
 
 
@@ -41,9 +41,9 @@ def scratch(problem: Problem, config: BackwardConfig, interpreted: bool) -> dict
         "v_full": plgpu.Barrier(num_arrivals=of.v.count),
         "kv_free": plgpu.Barrier(num_arrivals=c.consumers),
         "q_full": plgpu.Barrier(num_arrivals=of.q.count + 1, num_barriers=c.stages_q),
-        "q_free": plgpu.Barrier(num_arrivals=c.consumers, num_barriers=c.stages_q),
+        "q_free": freed(c, c.stages_q),
         "do_full": plgpu.Barrier(num_arrivals=of.do.count, num_barriers=c.stages_do),
-        "do_free": plgpu.Barrier(num_arrivals=c.consumers, num_barriers=c.stages_do),
+        "do_free": freed(c, c.stages_do),
         "ds_full": plgpu.Barrier(num_arrivals=c.consumers, num_barriers=c.slots_ds),
         "done": plgpu.Barrier(num_arrivals=c.consumers),
     }
@@ -66,7 +66,8 @@ class BackwardMemory:
         dq: (consumers, slots, 64, piece), float32 pieces on their way out.
         statistics: (stages, 2, block_q), lse in log2 units and minus delta.
         k_full, v_full, q_full, do_full: TMA arrives, consumers wait; q_full is for the statistics as well.
-        kv_free, q_free, do_free: every consumer arrives, the producer waits.
+        kv_free, q_free, do_free: every consumer arrives, the producer waits. In a cluster the consumers of
+            all its thread blocks arrive at q_free and do_free of each.
         ds_full: all consumers arrive and wait, once a block of dS is complete.
         done: all consumers arrive and wait: before dS is written again where it has one slot, before K is
             overwritten, and around the repair of rows.

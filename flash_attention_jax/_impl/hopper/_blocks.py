@@ -306,12 +306,6 @@ def _columns(ref: Any, batch: Any, start: Any, size: int) -> Array:
     return load(ref.at[shared(ref, batch), pl.ds(start, size)], layout=COLUMNS, optimized=False)
 
 
-def launched(problem: Problem, config: Tiling, multiprocessors: int) -> int:
-    """Thread blocks to launch."""
-    tiles = Plan(problem, config, 1).tiles
-    return min(tiles, multiprocessors) if config.persistent else tiles
-
-
 def multiprocessors() -> int:
     """Those of the CUDA device that is here, or of an H200 when lowering for one that is not."""
     try:

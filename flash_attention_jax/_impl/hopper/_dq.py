@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flash_attention_jax._impl.hopper._blocks import Plan, Tables, launched, multiprocessors, tables
+from flash_attention_jax._impl.hopper._blocks import Plan, Tables, multiprocessors, tables
 from flash_attention_jax._impl.hopper._dq_configs import DqConfig, choose_dq_config
 from flash_attention_jax._impl.hopper._dq_kernel import DqArrays, DqMemory, differentiate_queries, scratch
 from flash_attention_jax._impl.hopper._schedule import schedule
@@ -39,7 +39,7 @@ def query_gradient(
     """
     p = problem
     config = choose_dq_config(p) if config is None else config
-    blocks = launched(p, config, multiprocessors()) if blocks is None else blocks
+    blocks = config.launched(Plan(p, config, 1).tiles, multiprocessors()) if blocks is None else blocks
     plan = Plan(p, config, blocks)
     given = {n: x for n, x in tables(p, operands, config, schedule(plan))._asdict().items() if x is not None}
     of_rows = statistics(lse, delta, -(-p.T // config.tile_q) * config.tile_q)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from flash_attention_jax._impl.base import Device
-from flash_attention_jax._impl.hopper._blocks import Plan, Tables, launched, multiprocessors, tables
+from flash_attention_jax._impl.hopper._blocks import Plan, Tables, multiprocessors, tables
 from flash_attention_jax._impl.hopper._configs import Config, choose_config
 from flash_attention_jax._impl.hopper._consumer import Arrays
 from flash_attention_jax._impl.hopper._kernel import attend
@@ -37,7 +37,7 @@ def forward(
     """
     p = problem
     config = choose_config(p) if config is None else config
-    blocks = launched(p, config, multiprocessors()) if blocks is None else blocks
+    blocks = config.launched(Plan(p, config, 1).tiles, multiprocessors()) if blocks is None else blocks
     plan = Plan(p, config, blocks)
     given = tables(p, operands, config, schedule(plan))
     present = [name for name, x in given._asdict().items() if x is not None]

@@ -4,7 +4,9 @@ Who does what. A thread block has one producer warpgroup and 1 to 3 consumer war
 `consumers * block_q` query rows of one head, one after the other (`Plan.tile`). The producer brings the
 tile's queries and then, block by block, K and V through a ring of `stages`; it gives its registers to the
 consumers. A consumer has `block_q` rows of the tile: logits by `wgmma`, softmax in
-registers, weights times V by `wgmma` with the weights in registers.
+registers, weights times V by `wgmma` with the weights in registers. Without masks the thread blocks of a
+`cluster` take neighboring tiles, which see the same K and V: each producer brings a part of a block to all
+of them by multicast, once the consumers of all have freed its place.
 
 Blocks that are visible in part come first, one after the other (algorithm 1). Then, with `overlap`, a
 consumer issues Q K^T of a block and the weights of the block before times its V, waits for the first only,
@@ -59,6 +61,12 @@ On an H200:
                            its products: 512 tokens 299 for 296, 2048 477 for 471, 4096 539 for 532, 16384
                            587 for 583, documents 404 for 398; but a window 459 for 485, a key mask 577 for
                            597, heads of 192 and 128 588 for 597. With queries in registers a window 413.
+    turns (`pingpong`)     full 64, 128, 256: 494, 598, 647 for 500, 606, 637 without; causal 454, 578, 595
+                           for 453, 585, 622. Where the turn is passed on before the sums are issued 497, 600,
+                           648 instead of 497, 606, 643, between their halves 499, 606, not run; causal 457,
+                           580, 589 and 443, 582 instead of 460, 579, 594
+    clusters of two        full 64, 128, 256: 493, 623, 634 for 496, 606, 637; at 4096 and 2048 tokens 600 and
+                           584 for 594 and 571; heads of 192 and 128 655 for 643. Of four, at 128: 386
     softmax before wait    ptxas moves the exponentials behind the wait for the sums of the block before, so
                            that only the maximum runs under these. A store that needs all exponentials, which
                            ptxas does not move, keeps them before it, and costs. Full 64, 128, 256: 488 for
@@ -107,9 +115,9 @@ def produce(plan: Plan[Config], arrays: Arrays, memory: Memory) -> None:
             slot = rem(count + i, c.stages)
             rows = pl.ds(visits.index(i) * c.block_kv, c.block_kv)
             plgpu.barrier_wait(memory.k_free.at[slot])
-            memory.k.fetch(k, rows, memory.k_full.at[slot], slot)
+            memory.k.fetch(k, rows, memory.k_full.at[slot], slot, cluster=c.cluster)
             plgpu.barrier_wait(memory.v_free.at[slot])
-            memory.v.fetch(v, rows, memory.v_full.at[slot], slot)
+            memory.v.fetch(v, rows, memory.v_full.at[slot], slot, cluster=c.cluster)
 
         lax.fori_loop(jnp.int32(0), visits.seen, bring, None)
 

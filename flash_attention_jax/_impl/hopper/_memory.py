@@ -9,8 +9,11 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from flash_attention_jax._impl.hopper._configs import Chunks, Config, chunks, value_chunks
+from flash_attention_jax._impl.hopper._configs import Chunks, Config, Launch, chunks, value_chunks
 from flash_attention_jax._problem import Problem
+
+# The axis of the thread blocks of a cluster.
+CLUSTER = "neighbor"
 
 
 def swizzled(shape: tuple[int, ...], dtype: str, of: Chunks, interpreted: bool) -> Any:
@@ -45,8 +48,8 @@ def scratch(problem: Problem, config: Config, interpreted: bool) -> dict[str, An
         "k_full": plgpu.Barrier(num_arrivals=of_k.count, num_barriers=c.stages),
         "v_full": plgpu.Barrier(num_arrivals=of_v.count, num_barriers=c.stages),
         "q_free": plgpu.Barrier(num_arrivals=c.consumers),
-        "k_free": plgpu.Barrier(num_arrivals=c.consumers, num_barriers=c.stages),
-        "v_free": plgpu.Barrier(num_arrivals=c.consumers, num_barriers=c.stages),
+        "k_free": freed(c, c.stages),
+        "v_free": freed(c, c.stages),
         "turn": plgpu.Barrier(num_barriers=c.consumers),
     }
     if p.masked:
@@ -60,9 +63,22 @@ def scratch(problem: Problem, config: Config, interpreted: bool) -> dict[str, An
     return result
 
 
+def freed(config: Launch, slots: int) -> Any:
+    """Barriers of slots that the producers of a cluster fill: every consumer of all its blocks arrives."""
+    arrivals = config.consumers
+    if config.cluster == 1:
+        return plgpu.Barrier(num_arrivals=arrivals, num_barriers=slots)
+    return plgpu.ClusterBarrier(collective_axes=(CLUSTER,), num_arrivals=arrivals, num_barriers=slots)
+
+
 def pieces(of_v: Chunks) -> Chunks:
     """The layout of the pieces in which the result goes out: one tile wide."""
     return dataclasses.replace(of_v, width=of_v.tile, count=of_v.columns // of_v.tile)
+
+
+def axes_of(cluster: int) -> str | None:
+    """The axis along which a copy is shared by so many thread blocks."""
+    return CLUSTER if cluster > 1 else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,12 +99,18 @@ class Rows:
         """The buffer that `scratch` made."""
         return cls(*_names(ref, of, interpreted), of)
 
-    def fetch(self, source: Any, rows: Any, barrier: Any, *slot: Any) -> None:
-        """Starts the copy of `rows` of a (length, dim) array, which arrives once for each chunk."""
+    def fetch(self, source: Any, rows: Any, barrier: Any, *slot: Any, cluster: int = 1) -> None:
+        """Starts the copy of `rows` of a (length, dim) array, which arrives once for each chunk.
+
+        Args:
+            cluster: the thread blocks that fetch the same rows, each a part of them for all.
+        """
+        axes = axes_of(cluster)
         for c in range(self.of.count):
             # A start that is not known while tracing may lead beyond the array, where TMA fills with zeros.
             columns = pl.ds(_traced(c * self.of.width, rows), self.of.width)
-            plgpu.copy_gmem_to_smem(source.at[rows, columns], self.plain.at[(*slot, c)], barrier)
+            into = self.plain.at[(*slot, c)]
+            plgpu.copy_gmem_to_smem(source.at[rows, columns], into, barrier, collective_axes=axes)
 
 
 def _traced(value: int, rows: Any) -> Any:
@@ -104,7 +126,8 @@ class Memory:
         out: (consumers, slots, 64, tile): pieces of the result on their way out.
         lse: (consumers, block_q).
         q_full, k_full, v_full: TMA arrives, consumers wait.
-        q_free, k_free, v_free: every consumer arrives, the producer waits.
+        q_free, k_free, v_free: every consumer arrives, the producer waits. In a cluster the consumers of all
+            its thread blocks arrive at k_free and v_free of each.
         turn: of each consumer; the one before it arrives.
         traces: (consumers, block_q), NaN where a result of such a row was NaN, else 0.
         poison: (stages, block_kv), NaN for keys whose values are not finite, else 0.

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from flash_attention_jax._impl.hopper._blocks import Plan
-from flash_attention_jax._impl.hopper._configs import static_band
+from flash_attention_jax._impl.hopper._configs import seen_in_band, static_band
 
 # Of a tile, in units of a whole block: beginning and end, and what a block with masks takes longer.
 _TILE_COST = 1.5
@@ -31,7 +31,7 @@ def schedule(plan: Plan) -> np.ndarray | None:
     p = plan.problem
     if not (plan.config.persistent and p.banded and static_band(p)) or plan.tiles > _MOST_TILES:
         return None
-    of_rows = [_cost(plan, row) for row in range(plan.tiles_t)]
+    of_rows = _costs(plan)
     costs = [of_rows[plan.place(tile)[2]] for tile in range(plan.tiles)]
     _, taken = min((_drawn(order, costs, plan.blocks) for order in _orders(plan, costs)), key=lambda x: x[0])
     starts = np.cumsum([0, *map(len, taken)])
@@ -61,13 +61,10 @@ def _drawn(order: list[int], costs: list[float], blocks: int) -> tuple[float, li
     return max(free)[0], taken
 
 
-def _cost(plan: Plan, row: int) -> float:
-    """Of one tile of queries, with the arithmetic of `Plan.band_visits`."""
+def _costs(plan: Plan) -> list[float]:
+    """Of the tiles of a head."""
     p, c = plan.problem, plan.config
-    first = row * c.tile_q + (p.q_offset or 0)
-    last = first + min(c.tile_q, p.T - row * c.tile_q) - 1
-    low = 0 if p.left is None else max(first - p.left, 0)
-    high = p.S if p.right is None else min(last + p.right + 1, p.S)
-    seen = -(-high // c.block_kv) - low // c.block_kv if high > low else 0
-    partial = min(seen, sum(x is not None for x in (p.left, p.right)) * -(-c.tile_q // c.block_kv))
-    return _TILE_COST + seen + _PARTIAL_COST * partial
+    seen = seen_in_band(p, c, np.arange(plan.tiles_t))
+    sides = sum(x is not None for x in (p.left, p.right))
+    partial = np.minimum(seen, sides * -(-c.tile_q // c.block_kv))
+    return (_TILE_COST + seen + _PARTIAL_COST * partial).tolist()

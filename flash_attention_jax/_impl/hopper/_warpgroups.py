@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from flash_attention_jax._impl.hopper._blocks import Plan, Tables, Visits
+from flash_attention_jax._impl.hopper._configs import Launch
+from flash_attention_jax._impl.hopper._memory import CLUSTER
 from flash_attention_jax._problem import Problem
 
 
@@ -39,6 +41,12 @@ def divide(
         produce()
 
 
+def block_of(config: Launch) -> Any:
+    """The number of this thread block; those of a cluster follow each other."""
+    block = lax.axis_index("block")
+    return block if config.cluster == 1 else block * config.cluster + lax.axis_index(CLUSTER)
+
+
 def over_tiles(
     plan: Plan,
     tables: Tables,
@@ -57,7 +65,7 @@ def over_tiles(
     Returns:
         The steps after the last one.
     """
-    block = lax.axis_index("block")
+    block = block_of(plan.config)
 
     def tile(n, count):
         batch, head, row = plan.tile(tables, block, n)
@@ -98,17 +106,21 @@ def launch(
     Args:
         results: `jax.ShapeDtypeStruct`s.
         buffers: what `scratch` made.
-        config: its `threads` and its `lane`.
-        blocks: thread blocks.
+        config: its `threads`, its `cluster` and its `lane`.
+        blocks: thread blocks, a multiple of `cluster`.
         interpret: a `plgpu.InterpretGPUParams`, or None on a GPU.
     """
     semantics = plgpu.LoweringSemantics
+    clusters: Any = {}
+    if config.cluster > 1:
+        clusters = {"cluster": (config.cluster,), "cluster_names": (CLUSTER,)}
     return plgpu.kernel(
         body,
         out_type=results,
         scratch_types=buffers,
-        grid=(blocks,),
+        grid=(blocks // config.cluster,),
         grid_names=("block",),
+        **clusters,
         num_threads=config.threads,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
