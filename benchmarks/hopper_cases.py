@@ -63,9 +63,9 @@ CHECKS: dict[str, tuple[Any, ...]] = {
 
 # What is varied: fields of `Config`, beside the table's choice.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "d128": [{"q_in_registers": 0}, {"pingpong": False}],
-    "d128-causal": [{"q_in_registers": 128}, {"persistent": False}],
-    "d64": [{"pingpong": False}, {"consumers": 2}],
+    "d128": [{"q_in_registers": 0}, {"pingpong": True}, {"cluster": 1}],
+    "d128-causal": [{"q_in_registers": 128}, {"persistent": True}],
+    "d64": [{"pingpong": True}, {"consumers": 2}],
     "d256": [{"pingpong": False}],
     "4k": [{"q_in_registers": 0}],
     "window": [{"persistent": False}, {"section": 1}],

@@ -33,7 +33,7 @@ class Problem:
         segments: canonical shapes (1|B, T) and (1|B, S).
         offsets: canonical shape (1|B,) of `q_offset` when it is an array.
         deterministic: whether gradients must have the same bits on every run.
-        amid_transfers: whether the devices exchange data at the same time, to which kernels leave room.
+        amid_transfers: whether the devices exchange data at the same time, for which kernels leave room.
     """
 
     B: int

@@ -36,6 +36,10 @@ CASES = {
             _case("cluster", (1, 2, 192, 64), (1, 1, 256, 64), (1, 1, 256, 64)),
             dataclasses.replace(_ROWS, cluster=2),
         ),
+        (
+            _case("cluster-ragged", (1, 1, 150, 40), (1, 1, 250, 40), (1, 1, 250, 88)),
+            dataclasses.replace(_SMALL, cluster=2),
+        ),
         (_case("columns", (1, 1, 128, 128), (1, 1, 128, 128), (1, 1, 128, 128), causal=True), _SMALL),
         (_case("ragged", (1, 1, 77, 40), (1, 1, 130, 40), (1, 1, 130, 88), dtype="float16"), _SMALL),
         (

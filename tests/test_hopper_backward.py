@@ -262,6 +262,7 @@ def test_transformations_keep_the_order_of_sums(attention, deterministic):
 INTERPRETED = [
     "plain",
     "cluster",
+    "cluster-ragged",
     "columns",
     "ragged",
     "three-consumers",

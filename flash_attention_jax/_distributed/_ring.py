@@ -213,7 +213,7 @@ def _(size, batched, some):
 
 
 def _of_pair(plan: Plan, hop: Hop, pair, way: Way, pieces: Arrays) -> tuple[Problem, Operands]:
-    """The problem of a pair of pieces, which is computed while others travel, and its operands."""
+    """The problem of a pair of pieces, computed while others travel if there are hops, and its operands."""
     p, (rows, cols) = plan.problem, plan.lengths
     cut = {name: x for name, x in pieces.items() if name in Operands._fields}
     left, right, offset = p.left, p.right, way.offset
@@ -242,7 +242,7 @@ def _of_pair(plan: Plan, hop: Hop, pair, way: Way, pieces: Arrays) -> tuple[Prob
         mask=shapes.get("mask"),
         key_mask=shapes.get("key_mask"),
         segments=segments,
-        amid_transfers=True,
+        amid_transfers=len(plan.hops) > 1,
     )
     return problem, operands
 

@@ -153,6 +153,9 @@ def test_implementations_know_of_transfers_beside_them(monkeypatch, strategy):
     jax.jit(gradients(f, 3)).lower(Q, K, V)
     assert problems
     assert {problem.amid_transfers for problem in problems} == {strategy == "ring"}
+    problems.clear()
+    jax.jit(gradients(out_of(ring_attention, mesh=devices(1), strategy=strategy), 3)).lower(Q, K, V)
+    assert not any(problem.amid_transfers for problem in problems)
 
 
 @pytest.mark.parametrize("strategy", ["ring", "all_gather", None])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -41,14 +42,19 @@ def backward(
 
     Args:
         config: tile sizes; by default those of `choose_backward_config`, which must know some.
-        blocks: thread blocks to launch; by default as many as the device has multiprocessors, or one for
-            each tile where `config` is not persistent.
+        blocks: thread blocks to launch; by default one for each tile, or as many as the device has
+            multiprocessors for whole clusters where `config` is persistent.
         interpret: a `plgpu.InterpretGPUParams`, to run without a GPU.
     """
     p = problem
-    config = config or choose_backward_config(p)
     if config is None:
-        raise ValueError("config must be given for a problem without sizes of its own")
+        config = choose_backward_config(p)
+        if config is None:
+            raise ValueError("config must be given for a problem without sizes of its own")
+        if "q" not in wrt:
+            # A cluster's barriers count one warp for its warpgroup. Where dS goes to shared memory for dQ,
+            # warps have met after they read the statistics and before these may be overwritten.
+            config = dataclasses.replace(config, cluster=1)
     tiles = BackwardPlan(p, config, 1).across.tiles
     if blocks is None:
         blocks = config.launched(tiles, multiprocessors())

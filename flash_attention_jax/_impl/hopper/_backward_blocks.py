@@ -98,7 +98,7 @@ class BackwardPlan:
         visits = self.across.visits(refs, batch, row)
         if self.config.rotate and not self.problem.masked:
             blocks = self.length // self.config.block_q
-            # Together in a cluster.
+            # The thread blocks of a cluster share what they read, and so begin with the same queries.
             begin = (row - rem(row, self.config.cluster)) * max(1, blocks // self.across.tiles_t)
             visits = visits._replace(index=lambda i: rem(i + begin, blocks))
         if not self.ragged:

@@ -33,8 +33,8 @@ class BackwardConfig(Launch):
             consumer waits for one to become free.
         slots_dq: pieces of 64 rows of dQ that a consumer may have on their way out.
         piece: columns of such a piece, 32 or 64, where the layout of K allows a choice.
-        rotate: whether, without a mask, each tile begins with other queries, so that tiles which run side by
-            side do not add to the same rows of dQ.
+        rotate: whether, without a mask, each cluster begins with other queries, so that tiles which run side
+            by side do not add to the same rows of dQ.
         lane: whether Mosaic lowers thread by thread instead of warpgroup by warpgroup.
     """
 

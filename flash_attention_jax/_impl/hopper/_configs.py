@@ -167,7 +167,7 @@ def choose_config(problem: Problem) -> Config:
     # Masks take the registers; a band leaves those of a few columns.
     few = config.q_in_registers < 128 and static_band(problem)
     in_registers = config.q_in_registers if few or not problem.masked else 0
-    # Heads of 256: causal 622 TFLOP/s with turns and 595 without on an H200, full 640 and 652.
+    # Heads of 256 on an H200: causal 595 TFLOP/s with turns and 622 without, full 647 and 637.
     turns = config.pingpong and not problem.masked
     stay = config.persistent and not (problem.banded and mean_seen(problem, config) > _MOST_TO_STAY)
     return dataclasses.replace(
@@ -205,6 +205,8 @@ def _persistent(problem: Problem) -> bool:
     full ring of two H200s, 16 heads of 128, forward, share of the rate of two alone: 0.97 so and 0.73
     otherwise with 32768 tokens, 0.97 and 0.84 with 131072, 0.97 and 0.85 with 262144. Blocks that stay, but
     fewer than multiprocessors, with 131072 tokens: 0.77 with 8 left out, 0.89 with 16, 0.81 with 32.
+
+    `choose_config` makes an exception of long causal tiles; the kernel of dQ alone was not timed without.
     """
     return not problem.amid_transfers and (not problem.masked or static_band(problem))
 

@@ -31,8 +31,8 @@ def forward(
 
     Args:
         config: tile sizes; by default those of `choose_config`.
-        blocks: thread blocks to launch; by default as many as the device has multiprocessors, or one for
-            each tile where `config` is not persistent.
+        blocks: thread blocks to launch; by default one for each tile, or as many as the device has
+            multiprocessors for whole clusters where `config` is persistent.
         interpret: a `plgpu.InterpretGPUParams`, to run without a GPU.
     """
     p = problem

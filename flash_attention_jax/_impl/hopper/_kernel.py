@@ -36,9 +36,9 @@ run, which varies by 3 % from run to run; sizes are block_q x consumers, block_k
     head dim 64 full       64 x 3, 128: 506
                            64 x 2, 128: 418    64 x 3, 64: 421     64 x 2, 192: 419    64 x 2, 160: 419
     head dim 256 full      64 x 2, 64: 675     without `pingpong` 632, without `overlap` 615, without both 591
-    causal 64, 128, 256    with a schedule 459, 578, 612
+    causal 64, 128, 256    with turns, which causal heads no longer take; with a schedule 459, 578, 612
                            the nth tile to block n mod blocks, there and back again: 368, 512, 400
-                           a thread block for each tile: 448, 568, 565 to 612
+                           a thread block for each tile, as it is without turns: 448, 568, 565 to 612
                            partial blocks inside the pipeline: 249, 350, not run. Where a second loop follows
                            the pipeline's, or a branch or a barrier stands between products under way, ptxas
                            serializes every `wgmma` of the kernel (C7513).

@@ -13,7 +13,7 @@ from flash_attention_jax._impl.hopper._configs import Chunks, Config, Launch, ch
 from flash_attention_jax._problem import Problem
 
 # The axis of the thread blocks of a cluster.
-CLUSTER = "neighbor"
+CLUSTER = "cluster"
 
 
 def swizzled(shape: tuple[int, ...], dtype: str, of: Chunks, interpreted: bool) -> Any:
@@ -64,7 +64,11 @@ def scratch(problem: Problem, config: Config, interpreted: bool) -> dict[str, An
 
 
 def freed(config: Launch, slots: int) -> Any:
-    """Barriers of slots that the producers of a cluster fill: every consumer of all its blocks arrives."""
+    """Barriers of slots that the producers of a cluster fill: every consumer of all its blocks arrives.
+
+    In a cluster one warp arrives for its warpgroup. The products that read a slot are those of the whole
+    warpgroup; what else reads one needs the warps to meet before.
+    """
     arrivals = config.consumers
     if config.cluster == 1:
         return plgpu.Barrier(num_arrivals=arrivals, num_barriers=slots)

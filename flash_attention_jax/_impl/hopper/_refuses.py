@@ -42,6 +42,9 @@ def _of_jax() -> str | None:
 def of_problem(problem: Problem) -> str | None:
     """Why no device runs a problem, or None."""
     p = problem
+    if p.empty:
+        # Nothing is launched.
+        return None
     if p.dtype not in _DTYPES:
         return f"it takes {' and '.join(_DTYPES)}, not {p.dtype}"
     for name, dim in (("D", p.D), ("Dv", p.Dv)):

@@ -4,6 +4,7 @@ Under a causal mask or a window the tiles of a head differ in cost by as much as
 static rule (the nth tile to block n mod blocks, there and back again) leaves blocks idle at the end: at 16384
 tokens it ran at 0.63 (head dim 256) to 0.85 (head dim 64) of the rate of this one. A counter in memory that
 blocks draw from would need to be cleared before every launch. So the drawing is done here, on estimates.
+Where tiles are long, each has a thread block of its own, and the device draws (`_configs._MOST_TO_STAY`).
 """
 
 from __future__ import annotations

@@ -110,6 +110,8 @@ def launch(
         blocks: thread blocks, a multiple of `cluster`.
         interpret: a `plgpu.InterpretGPUParams`, or None on a GPU.
     """
+    if blocks % config.cluster:
+        raise ValueError(f"blocks must be a multiple of cluster = {config.cluster}, was {blocks}")
     semantics = plgpu.LoweringSemantics
     clusters: Any = {}
     if config.cluster > 1:
