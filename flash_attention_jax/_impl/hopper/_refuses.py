@@ -42,9 +42,6 @@ def _of_jax() -> str | None:
 def of_problem(problem: Problem) -> str | None:
     """Why no device runs a problem, or None."""
     p = problem
-    if p.empty:
-        # Nothing is launched.
-        return None
     if p.dtype not in _DTYPES:
         return f"it takes {' and '.join(_DTYPES)}, not {p.dtype}"
     for name, dim in (("D", p.D), ("Dv", p.Dv)):
@@ -54,4 +51,5 @@ def of_problem(problem: Problem) -> str | None:
         return "it takes no bias"
     if p.mask is not None:
         return "it takes no dense mask"
-    return too_large(p, choose_config(p))
+    # Of an empty problem nothing is launched.
+    return None if p.empty else too_large(p, choose_config(p))
