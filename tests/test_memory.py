@@ -131,7 +131,7 @@ def test_both_memory_orders_agree(causal):
 
 
 def test_blocks_that_masks_rule_out_are_never_computed():
-    """The time of what is skipped, with room for a noisy machine: measured 0.53 and 0.04."""
+    """In processor time, which other programs barely lengthen: causal measured 0.45 to 0.56, a window 0.06."""
     import time
 
     q = jax.random.normal(jax.random.key(0), (4, 8192, 64))
@@ -152,9 +152,9 @@ def test_blocks_that_masks_rule_out_are_never_computed():
         f(q, q, q).block_until_ready()
     for _ in range(3):
         for name, f in functions.items():
-            start = time.perf_counter()
+            start = time.process_time()
             f(q, q, q).block_until_ready()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(time.process_time() - start)
     best = {name: min(x) / min(times["full"]) for name, x in times.items()}
     assert best["causal"] < 0.75, best
     assert best["window"] < 0.2, best

@@ -29,7 +29,7 @@ EVEN = {
     case("causal", N=16, causal=True): RING,
     case("window", window=(9, 4)): ALL,
     case("segments", segments=4, causal=True): ALL,
-    case("bias", bias=(2, 8, 48, 48), causal=True): RING,
+    case("bias of pairs", bias=(2, 8, 48, 48), causal=True): RING,
     case("bias of keys", bias=(1, 1, 48), key_mask=(2, 48), causal=True): RING,
     case("mask", mask=(2, 1, 48, 48), dead=True, window=(20, None)): RING,
     case("offset for each", q_offset=(5, -30), causal=True): ("all_gather",),
@@ -56,7 +56,7 @@ UNEVEN = {
     case("shorter, with a bias", T=3, S=5, batch=(), bias=(1, 5), mask=(3, 1)): ("ring", "all_gather"),
 }
 # Every strategy in the zig-zag layout, and the ring alone.
-ZIGZAG = {"causal": ALL, "bias": ALL, "window": RING, "segments": RING}
+ZIGZAG = {"causal": ALL, "bias of pairs": ALL, "window": RING, "segments": RING}
 RUNS = [(c, s, "contiguous") for c, names in (EVEN | UNEVEN).items() for s in names]
 RUNS += [(c, s, "zigzag") for c in EVEN for s in ZIGZAG.get(c.name, ())]
 
