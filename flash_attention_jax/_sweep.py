@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -35,6 +36,9 @@ class Grid:
         operand_dtype: dtype in which matrix units take their operands; sums are in `accumulator`.
         group: query heads for each key/value head.
         ever_whole: whether a tile of a masked problem may be known to be visible whole.
+        flat: whether products are given one axis for each of batch, rows, columns and sum. On a CPU XLA
+            multiplies such keys as they lie, and copies those of more axes before each product, against
+            their order: without it (1, 1, 8192, 512) took 1.07 to 1.25 times the time on 2 Zen 3 cores.
     """
 
     full: Sizes
@@ -44,6 +48,7 @@ class Grid:
     precision: str
     group: int
     ever_whole: bool
+    flat: bool
 
     @classmethod
     def of(cls, problem: Problem, platform: str, *, one_batch: bool) -> Grid:
@@ -60,6 +65,7 @@ class Grid:
             precision=problem.precision,
             group=problem.G,
             ever_whole=problem.mask is None,
+            flat=platform == "cpu",
         )
 
     @property
@@ -97,13 +103,41 @@ class Grid:
 
     def dot(self, subscripts: str, x: Array, y: Array) -> Array:
         """A matrix product of blocks, in the platform's operand dtype, summed in `accumulator`."""
-        return jnp.einsum(
+        product = _flat_product if self.flat else jnp.einsum
+        return product(
             subscripts,
             x.astype(self.operand_dtype),
             y.astype(self.operand_dtype),
             precision=self.precision,
             preferred_element_type=self.accumulator,
         )
+
+
+def _flat_product(subscripts: str, x: Array, y: Array, **options: Any) -> Array:
+    """`jnp.einsum` of two operands as a product of three-dimensional arrays.
+
+    Where x ends in another axis than that of the sum XLA's own way is kept: it copies x, which changes
+    with the row of tiles alone, and multiplies faster (at 8 x 64 by 4 %).
+    """
+    given, result = subscripts.split("->")
+    of_x, of_y = given.split(",")
+    batch = "".join(a for a in result if a in of_x and a in of_y)
+    rows, cols = ("".join(a for a in result if a in own and a not in batch) for own in (of_x, of_y))
+    summed = "".join(a for a in of_x if a not in result)
+    if not of_x.endswith(summed):
+        return jnp.einsum(subscripts, x, y, **options)
+    sizes = dict(zip(of_x + of_y, x.shape + y.shape, strict=True))
+
+    def flat(x: Array, labels: str, own: str) -> tuple[Array, int]:
+        """x with its axes joined, and where that of the sum is: both lie as they lay."""
+        groups = [batch, *sorted((own, summed), key=lambda axes: labels.index(axes[0]))]
+        x = jnp.einsum(f"{labels}->{''.join(groups)}", x)
+        return x.reshape([math.prod(sizes[a] for a in axes) for axes in groups]), groups.index(summed)
+
+    (x, i), (y, j) = flat(x, of_x, rows), flat(y, of_y, cols)
+    out = lax.dot_general(x, y, (([i], [j]), ([0], [0])), **options)
+    axes = batch + rows + cols
+    return jnp.einsum(f"{axes}->{result}", out.reshape([sizes[a] for a in axes]))
 
 
 class Starts(NamedTuple):

@@ -130,8 +130,29 @@ def test_both_memory_orders_agree(causal):
         np.testing.assert_allclose(x, swap(y), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{}, {"causal": True}], ids=["full", "causal"])
+def test_products_over_features_and_keys_take_blocks_as_they_lie(options):
+    """XLA copies a block of keys before a product with several axes of the batch, or of its rows."""
+    x = jax.ShapeDtypeStruct((1, 2, 4096, 64), jnp.float32)
+
+    def products(f):
+        text = jax.jit(f).lower(x, x, x).as_text()
+        found = re.findall(r"stablehlo.dot_general .*contracting_dims = .*: \((.*)\) ->", text)
+        return [re.findall(r"tensor<([^>]*)xf32>", operands) for operands in found]
+
+    def axes(product):
+        return {operand.count("x") + 1 for operand in product}
+
+    f = out_of(implementation="xla", **options)
+    forward, both = products(f), products(gradient(f))
+    assert len(forward) in (2, 4)
+    assert all(axes(product) == {3} for product in forward)
+    # In a gradient there are delta, before the loop, and in it dv and dk, which sum over queries.
+    assert sum(axes(product) != {3} for product in both) == 1 + len(forward)
+
+
 def test_blocks_that_masks_rule_out_are_never_computed():
-    """In processor time, which other programs barely lengthen: causal measured 0.45 to 0.56, a window 0.06."""
+    """In processor time, which other programs barely lengthen: measured causal 0.45 to 0.56, window 0.06."""
     import time
 
     q = jax.random.normal(jax.random.key(0), (4, 8192, 64))
