@@ -129,14 +129,15 @@ def _flat_product(subscripts: str, x: Array, y: Array, **options: Any) -> Array:
     if not of_x.endswith(summed) or sum(sizes[a] > 1 for a in batch) > 1:
         return jnp.einsum(subscripts, x, y, **options)
 
-    def flat(x: Array, labels: str, own: str) -> tuple[Array, int]:
-        """x with its axes joined, and where that of the sum is: both lie as they lay."""
-        groups = [batch, *sorted((own, summed), key=lambda axes: labels.index(axes[0]))]
+    def joined(x: Array, labels: str, *groups: str) -> Array:
         x = jnp.einsum(f"{labels}->{''.join(groups)}", x)
-        return x.reshape([math.prod(sizes[a] for a in axes) for axes in groups]), groups.index(summed)
+        return x.reshape([math.prod(sizes[a] for a in axes) for axes in groups])
 
-    (x, i), (y, j) = flat(x, of_x, rows), flat(y, of_y, cols)
-    out = lax.dot_general(x, y, (([i], [j]), ([0], [0])), **options)
+    x = joined(x, of_x, batch, rows, summed)
+    if of_y.endswith(summed):
+        out = jnp.einsum("brs,bcs->brc", x, joined(y, of_y, batch, cols, summed), **options)
+    else:
+        out = jnp.einsum("brs,bsc->brc", x, joined(y, of_y, batch, summed, cols), **options)
     axes = batch + rows + cols
     return jnp.einsum(f"{axes}->{result}", out.reshape([sizes[a] for a in axes]))
 
